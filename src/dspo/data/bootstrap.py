@@ -33,7 +33,8 @@ def clustered_bootstrap(
     n_clusters = len(labels)
     if n_clusters == 0:
         return float("nan"), float("nan")
-    counts = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)
+    draws = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)
+    counts = draws.astype(np.float64)
     totals = {
         name: counts @ np.bincount(cluster_of_row, weights=np.asarray(column, dtype=np.float64), minlength=n_clusters)
         for name, column in values.items()
