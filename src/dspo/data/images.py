@@ -1,0 +1,81 @@
+"""Images as bytes, and tables of them as parquet."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from dspo.data.files import whole_file
+from dspo.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+ROWS_PER_GROUP = 128
+
+
+def encode_png(image: Pixels) -> bytes:
+    """uint8 [height, width, 3] -> PNG; equal pixels give equal bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes, where: str) -> Pixels:
+    """Bytes of any codec -> uint8 RGB [height, width, 3]. Raises :class:`UserError` that begins with ``where``."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{where}: the image does not decode ({error}). Replace the image or remove the row, then run again."
+        ) from None
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Canonical parquet: equal rows give equal bytes, and the file appears whole or not at all.
+
+    Raises :class:`UserError` if the disk is full.
+    """
+    plain = table.replace_schema_metadata(None)
+    with whole_file(path) as partial:
+        # No statistics: the least and greatest image would stand in the footer.
+        pq.write_table(
+            plain,
+            partial,
+            row_group_size=ROWS_PER_GROUP,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+        )
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one parquet file. Raises :class:`UserError` if it is missing, damaged or lacks a column."""
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            if missing:
+                raise UserError(
+                    f"{path}: no column {', '.join(missing)}; the file has {', '.join(file.schema_arrow.names)}"
+                )
+            return file.read(columns=None if columns is None else list(columns))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: not a whole parquet file ({error}). It was cut short or is of another format: "
+            "make it again, or fetch it again with `dvc pull`."
+        ) from None
+
+
+def read_shards(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """All parquet files of a folder in the order of their names, as one table. Errors as :func:`read_table`."""
+    shards = sorted(folder.glob("*.parquet"))
+    if not shards:
+        raise UserError(f"{folder}: no parquet files here")
+    return pa.concat_tables([read_table(shard, columns) for shard in shards])

@@ -1,0 +1,62 @@
+"""Environment variables: they say where things are, never what the program does. The one module that reads them.
+
+``DSPO_DEVICE``          torch device, e.g. ``cuda:1`` or ``cpu``; default: the first CUDA device, else the CPU
+``DSPO_SCRATCH``         folder for unfinished work; default: ``scratch`` in the current folder
+``DSPO_PROCESSES``       processes for work that is spread over CPU cores; default: the cores this process may use
+``MLFLOW_TRACKING_URI``  default: ``mlflow.db`` at the repository's root
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dspo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device() -> "torch.device":
+    """Raises :class:`UserError` if ``DSPO_DEVICE`` names a device that is not there."""
+    import torch  # here, so that reading a path does not cost torch's import
+
+    name = os.environ.get("DSPO_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"DSPO_DEVICE={name}: no such device here ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
+
+
+def scratch_root() -> Path:
+    return Path(os.environ.get("DSPO_SCRATCH") or "scratch")
+
+
+def processes() -> int:
+    wanted = os.environ.get("DSPO_PROCESSES")
+    if not wanted:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise UserError(f"DSPO_PROCESSES={wanted}: expected a whole number of 1 or more")
+    return int(wanted)
+
+
+def repository_root() -> Path:
+    """The nearest folder above the current one that holds ``params.yaml``; else the current folder.
+
+    Inside an experiment that DVC runs in a copy below ``.dvc/tmp``, this is the repository the copy was made from.
+    """
+    here = Path.cwd()
+    if ".dvc" in here.parts:
+        here = Path(*here.parts[: here.parts.index(".dvc")])
+    return next((folder for folder in (here, *here.parents) if (folder / "params.yaml").is_file()), here)
+
+
+def tracking_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{repository_root() / 'mlflow.db'}"
+
+
+def dvc_variables() -> dict[str, str]:
+    """What DVC tells a stage about its run: ``DVC_STAGE``, ``DVC_EXP_NAME``, ``DVC_EXP_BASELINE_REV`` where set."""
+    names = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
