@@ -1,7 +1,8 @@
 """Images as bytes, and tables of them as parquet."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -41,29 +42,37 @@ def write_table(table: pa.Table, path: Path) -> None:
 
     Raises :class:`UserError` if the disk is full.
     """
-    plain = table.replace_schema_metadata(None)
+    with table_writer(path, table.schema) as write:
+        write(table)
+
+
+@contextmanager
+def table_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """As :func:`write_table`, for a table that comes in parts: yields the function that appends a part."""
+    plain = schema.remove_metadata()
     with whole_file(path) as partial:
         # No statistics: the least and greatest image would stand in the footer.
-        pq.write_table(
-            plain,
-            partial,
-            row_group_size=ROWS_PER_GROUP,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
-        )
+        options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(partial, plain, **options) as writer:
+            yield lambda part: writer.write_table(part.replace_schema_metadata(None), row_group_size=ROWS_PER_GROUP)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one parquet file. Raises :class:`UserError` if it is missing, damaged or lacks a column."""
+    with open_parquet(path, columns or ()) as file:
+        return file.read(columns=None if columns is None else list(columns))
+
+
+@contextmanager
+def open_parquet(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """Open a parquet file that has these columns; errors of reading it inside the block are as :func:`read_table`'s."""
     try:
         with pq.ParquetFile(path) as file:
-            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            present = file.schema_arrow.names
+            missing = [name for name in columns if name not in present]
             if missing:
-                raise UserError(
-                    f"{path}: no column {', '.join(missing)}; the file has {', '.join(file.schema_arrow.names)}"
-                )
-            return file.read(columns=None if columns is None else list(columns))
+                raise UserError(f"{path}: no column {', '.join(missing)}; the file has {', '.join(present)}")
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError) as error:
