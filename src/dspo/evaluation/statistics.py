@@ -113,7 +113,7 @@ def ratio_of_means(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given (Holm 1979): max over j <= i of (m - j) p_(j), at most 1."""
+    """Holm's step-down adjusted p-values, in the order given (Holm 1979): max over j <= i of (m-j) p_(j), at most 1."""
     order = np.argsort(p_values, kind="stable")
     adjusted = [0.0] * len(p_values)
     running = 0.0
@@ -140,9 +140,9 @@ class HeadToHead:
 def head_to_head(delta: npt.ArrayLike, tau: float, resamples: int, seed: int) -> HeadToHead:
     """Decided win rate where both training seeds and prompts are drawn anew.
 
-    ``delta``: [n_seeds, n_prompts, n_images] paired score differences. Seeds and prompts are resampled independently and
-    a cell counts the product of its draws (the pigeonhole bootstrap of Owen 2007), which errs on the wide side. The
-    p-value is 2 min(P*(rate <= 1/2), P*(rate >= 1/2)), one resample added on each side so that it is never 0.
+    ``delta``: [n_seeds, n_prompts, n_images] paired score differences. Seeds and prompts are resampled independently
+    and a cell counts the product of its draws (the pigeonhole bootstrap of Owen 2007), which errs on the wide side.
+    The p-value is 2 min(P*(rate <= 1/2), P*(rate >= 1/2)), one resample added on each side so that it is never 0.
     """
     difference = np.asarray(delta, dtype=np.float64)
     win, loss = (difference > tau).sum(axis=2), (difference < -tau).sum(axis=2)  # [n_seeds, n_prompts]

@@ -1,0 +1,183 @@
+"""From judged images to figures: base against tuned, and the rows that say what the figures are worth.
+
+Every function takes :class:`Images` whose rows correspond and returns JSON values; what a world's judges cannot say is
+``None``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dspo.data.keys import keyed_seed
+from dspo.evaluation.diversity import spread_ratios
+from dspo.evaluation.drift import DRIFT
+from dspo.evaluation.judges import FREE_ATTRIBUTES, FULLY_RIGHT, GOLD_COLUMNS, SECOND
+from dspo.evaluation.paired import Images
+from dspo.evaluation.statistics import WinRate, mean, share_given, win_rate
+
+Array = npt.NDArray[np.float64]
+Figures = dict[str, Any]
+PROXY = "reward_overall"
+GOLD = "gold_overall"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How images are compared: the gold judge's tie band and the bootstrap."""
+
+    tie_band: float
+    resamples: int
+    seed: int
+
+    def tau(self, column: str) -> float:
+        """The tie band of a score column: that of gold on gold's scale; 0 elsewhere, where only equal scores tie."""
+        return self.tie_band if column in GOLD_COLUMNS else 0.0
+
+    def key(self, *parts: object) -> int:
+        return keyed_seed(self.seed, "bootstrap", *parts)
+
+    def win_rates(self, first: Images, second: Images) -> dict[str, WinRate]:
+        """Decided win rate of ``first`` over ``second`` by every score column that both have."""
+        return {
+            column: win_rate(
+                first.scores[column] - second.scores[column],
+                first.prompt_ids,
+                self.tau(column),
+                self.resamples,
+                self.key(column),
+            )
+            for column in judge_columns(first)
+        }
+
+    def win_rate_figures(self, first: Images, second: Images) -> Figures:
+        return {column: asdict(rate) for column, rate in self.win_rates(first, second).items()}
+
+    def change(self, column: str, base: Images, tuned: Images) -> Figures:
+        """Means of a column and their paired difference."""
+        before, after = base.scores[column], tuned.scores[column]
+        ids = base.prompt_ids
+        return {
+            "base": asdict(mean(before, ids, self.resamples, self.key(column))),
+            "tuned": asdict(mean(after, ids, self.resamples, self.key(column))),
+            "difference": asdict(mean(after - before, ids, self.resamples, self.key(column))),
+        }
+
+
+def judge_columns(images: Images) -> list[str]:
+    """The columns that judge an image, as against those that describe it."""
+    wanted = [name for name in images.scores if name.startswith("reward_")] + [*GOLD_COLUMNS, SECOND]
+    return [name for name in wanted if name in images.scores]
+
+
+def tuned_against_base(base: Images, tuned: Images, how: Comparison) -> Figures:
+    """The main table: win rates, mean scores, rightness, diversity and drift."""
+    return {
+        "win_rates": how.win_rate_figures(tuned, base),
+        "scores": {column: how.change(column, base, tuned) for column in judge_columns(base)},
+        "fully_right": _fully_right(base, tuned, how),
+        "diversity": _diversity(base, tuned, how),
+        "drift": {name: how.change(f"drift_{name}", base, tuned) for name in DRIFT},
+    }
+
+
+def _fully_right(base: Images, tuned: Images, how: Comparison) -> Figures | None:
+    """Share of fully right images, and of the wrong ones that became right (fixed) and the right ones that broke."""
+    if FULLY_RIGHT not in base.scores:
+        return None
+    before, after, ids = base.scores[FULLY_RIGHT] > 0.5, tuned.scores[FULLY_RIGHT] > 0.5, base.prompt_ids
+    return how.change(FULLY_RIGHT, base, tuned) | {
+        "fixed": asdict(share_given(after, ~before, ids, how.resamples, how.key("fixed"))),
+        "broken": asdict(share_given(~after, before, ids, how.resamples, how.key("broken"))),
+    }
+
+
+def _diversity(base: Images, tuned: Images, how: Comparison) -> Figures:
+    """Spread within a prompt, tuned / base: among fully right images (where gold can say), and among all."""
+
+    def ratios(kept: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]) -> Figures:
+        estimates = spread_ratios(
+            base.prompt_ids,
+            kept,
+            (base.images, tuned.images),
+            (_attributes(base), _attributes(tuned)),
+            how.resamples,
+            how.key("diversity"),
+        )
+        return {name: asdict(estimate) for name, estimate in estimates.items()}
+
+    everything = np.ones(len(base.images), dtype=bool)
+    among_right = None
+    if FULLY_RIGHT in base.scores:
+        among_right = ratios((base.scores[FULLY_RIGHT] > 0.5, tuned.scores[FULLY_RIGHT] > 0.5))
+    return {"among_fully_right": among_right, "among_all": ratios((everything, everything))}
+
+
+def _attributes(images: Images) -> dict[str, Array]:
+    return {
+        name: np.stack([images.scores[column] for column in columns], axis=1)
+        for name, columns in FREE_ATTRIBUTES.items()
+        if columns[0] in images.scores
+    }
+
+
+def base_against_base(base: Images, how: Comparison) -> Figures:
+    """The null: the base model's second seed against its first, by every judge. Nothing should win."""
+    second = base.where(base.sample_index == 1)
+    with_second = set(second.prompt_ids)
+    has_second = np.array([pid in with_second for pid in base.prompt_ids], dtype=bool)
+    return how.win_rate_figures(second, base.where((base.sample_index == 0) & has_second))
+
+
+def best_of_n(base: Images, tuned: Images, n: int, how: Comparison) -> Figures:
+    """The best of a prompt's ``n`` base images by the training reward, against each of the ``n``, and against tuned.
+
+    ``base`` and ``tuned`` hold exactly ``n`` images of each prompt, prompt by prompt. Costs ``n`` images per answer
+    where the adapter costs one.
+    """
+    best_of_prompt = base.scores[PROXY].reshape(-1, n).argmax(axis=1) + n * np.arange(len(base.images) // n)
+    best = base.take(np.repeat(best_of_prompt, n))
+    return {
+        "n": n,
+        "images_per_answer": n,
+        "best_against_base": how.win_rate_figures(best, base),
+        "tuned_against_best": how.win_rate_figures(tuned, best),
+        "tuned_against_base": how.win_rate_figures(tuned, base),
+        "fully_right": how.change(FULLY_RIGHT, base, best) if FULLY_RIGHT in base.scores else None,
+    }
+
+
+def combinations(
+    base: Images,
+    tuned: Images,
+    combination: Callable[[str], object],
+    train_prompts: Sequence[str],
+    how: Comparison,
+) -> Figures:
+    """Win rates for test prompts whose combination of attributes was in training, and for those where it was not."""
+    known = {combination(prompt) for prompt in train_prompts}
+    seen = np.array([combination(prompt) in known for prompt in base.captions], dtype=bool)
+    return {
+        name: how.win_rate_figures(tuned.where(mask), base.where(mask))
+        for name, mask in (("seen", seen), ("unseen", ~seen))
+    }
+
+
+def over_optimised(rates: dict[str, WinRate]) -> bool | None:
+    """Proxy up, gold down: the reward's interval lies above one half and that of gold below it."""
+    if GOLD not in rates:
+        return None
+    proxy_low, gold_high = rates[PROXY].low, rates[GOLD].high
+    return proxy_low is not None and gold_high is not None and proxy_low > 0.5 and gold_high < 0.5
+
+
+def verdict(rates: dict[str, WinRate]) -> Figures:
+    """ "Improved" by a judge only where that judge's interval says so."""
+    return {
+        "improved": {column: rate.low is not None and rate.low > 0.5 for column, rate in rates.items()},
+        "worse": {column: rate.high is not None and rate.high < 0.5 for column, rate in rates.items()},
+        "over_optimised": over_optimised(rates),
+        "over_optimised_formula": f"low(win rate by {PROXY}) > 0.5 and high(win rate by {GOLD}) < 0.5",
+    }

@@ -1,0 +1,135 @@
+"""Images of base and tuned from the same noise, written in shards so that a killed run goes on where it stopped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from diffusers import StableDiffusionXLPipeline
+
+from dspo.data.images import decode_image, encode_png, read_shards, read_table, write_table
+from dspo.data.prompts import Prompt
+from dspo.data.records import CANDIDATES
+from dspo.diffusion.sampling import Sample, SampleRequest, sample
+from dspo.params import SamplerParams
+from dspo.progress import progress
+
+Array = npt.NDArray[np.float64]
+Image = npt.NDArray[np.uint8]
+
+IMAGES = pa.schema([field for field in CANDIDATES if not field.name.startswith("latent")])
+
+
+def evaluation_requests(
+    prompts: Sequence[Prompt], seeds_per_prompt: int, diversity_prompts: int, diversity_seeds: int
+) -> list[SampleRequest]:
+    """``seeds_per_prompt`` images of every prompt, ``diversity_seeds`` of the first ``diversity_prompts``.
+
+    Sample and noise index are the same number, so equal requests mean equal noise, whoever samples them.
+    """
+    return [
+        SampleRequest(prompt, index, index)
+        for rank, prompt in enumerate(prompts)
+        for index in range(diversity_seeds if rank < diversity_prompts else seeds_per_prompt)
+    ]
+
+
+def sample_to_shards(
+    pipe: StableDiffusionXLPipeline,
+    requests: Sequence[SampleRequest],
+    sampler: SamplerParams,
+    resolution: int,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+) -> None:
+    """Sample what is missing in ``folder``, one shard per batch.
+
+    A batch always holds the same requests, whether the run was interrupted or not: the last bits of an image depend on
+    the shape of its batch, and equal bytes are promised.
+    """
+    starts = range(0, len(requests), batch_size)
+    for start in progress(starts, len(starts), f"sampling {folder.name}"):
+        shard = folder / f"{start:08d}.parquet"
+        if shard.exists():
+            continue
+        batch = requests[start : start + batch_size]
+        samples = list(sample(pipe, batch, sampler, resolution, seed, batch_size))
+        write_table(pa.Table.from_pylist([_row(s) for s in samples], schema=IMAGES), shard)
+
+
+def _row(s: Sample) -> dict[str, object]:
+    height, width = s.image.shape[:2]
+    return {
+        "prompt_id": s.request.prompt.id,
+        "caption": s.request.prompt.text,
+        "weight": s.request.prompt.weight,
+        "sample_index": s.request.sample_index,
+        "noise_index": s.request.noise_index,
+        "scheduler": s.sampler.scheduler,
+        "steps": s.sampler.steps,
+        "guidance_scale": s.sampler.guidance_scale,
+        "width": width,
+        "height": height,
+        "image": encode_png(s.image),
+    }
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one model with their scores; rows of base and tuned are in the same order."""
+
+    table: pa.Table  # columns of IMAGES
+    images: list[Image]
+    scores: dict[str, Array]  # columns [n] of Judges.score; empty before judging
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        return list(self.table["prompt_id"].to_pylist())
+
+    @property
+    def captions(self) -> list[str]:
+        return list(self.table["caption"].to_pylist())
+
+    @property
+    def sample_index(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.table["sample_index"].to_pylist(), dtype=np.int64)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Images":
+        scores = {name: column[rows] for name, column in self.scores.items()}
+        return Images(self.table.take(rows), [self.images[row] for row in rows], scores)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Images":
+        return self.take(np.flatnonzero(mask))
+
+    def with_images(self, images: list[Image]) -> "Images":
+        """Other pictures in the same rows, not judged yet."""
+        column = self.table.column_names.index("image")
+        encoded = pa.array([encode_png(image) for image in images], pa.binary())
+        return Images(self.table.set_column(column, "image", encoded), images, {})
+
+    def write(self, path: Path) -> None:
+        table = self.table
+        for name, column in self.scores.items():
+            table = table.append_column(name, pa.array(column))
+        write_table(table, path)
+
+
+def load_shards(folder: Path) -> Images:
+    """All images of a folder that :func:`sample_to_shards` filled, not judged yet."""
+    table = read_shards(folder)
+    return Images(table, _decode(table, folder), {})
+
+
+def load_images(path: Path) -> Images:
+    """A table that :meth:`Images.write` wrote."""
+    whole = read_table(path)
+    scores = {name: whole[name].to_numpy() for name in whole.column_names if name not in IMAGES.names}
+    table = whole.select(IMAGES.names)
+    return Images(table, _decode(table, path), scores)
+
+
+def _decode(table: pa.Table, where: Path) -> list[Image]:
+    return [decode_image(data, f"{where}, row {row}") for row, data in enumerate(table["image"].to_pylist())]
