@@ -1,0 +1,60 @@
+"""Stage: train the reward model on the ratings and test it on the held-out ones."""
+
+import csv
+from pathlib import Path
+
+from dspo.data.files import write_json
+from dspo.environment import device
+from dspo.params import RewardParams, load_params
+from dspo.reward.backbone import weights_sha256
+from dspo.reward.checkpoint import save_reward
+from dspo.reward.dataset import Stems, read_ratings
+from dspo.reward.model import build_model
+from dspo.reward.report import fit_temperatures, reward_report
+from dspo.reward.training import score_differences, train_reward
+from dspo.stages.atomic import open_scratch
+from dspo.stages.runner import arguments, run
+
+
+def main(argv: list[str]) -> None:
+    paths = arguments(__doc__, argv, "ratings", "output")
+    params = load_params(paths.params)
+    reward = params.active.reward
+    splits = {name: read_ratings(paths.ratings / f"{name}.parquet") for name in ("train", "validation", "test")}
+    inputs = [paths.ratings, *backbone_files(reward)]
+    scratch = open_scratch("train_reward", {"seed": params.seed, "reward": reward.model_dump(mode="json")}, inputs)
+    output = scratch.path / "reward"
+
+    model = build_model(reward, params.seed, device())
+    backbone_hash = weights_sha256(model.backbone.clip)
+    stems = {name: Stems(model.backbone, pairs, reward.dtype) for name, pairs in splits.items()}
+    zero_shot = score_differences(model, stems["test"])[:, model.heads.index("overall")]
+    checkpoint = scratch.path / "checkpoint.pt"
+    trained = train_reward(model, stems["train"], stems["validation"], reward, params.seed, checkpoint)
+
+    temperatures = fit_temperatures(model.heads, score_differences(model, stems["validation"]), splits["validation"])
+    untrained = splits["train"].unlabelled(model.heads)
+    save_reward(output, model, trained, reward, temperatures, untrained, backbone_hash)
+    on_test = score_differences(model, stems["test"])
+    report = reward_report(splits["test"], model.heads, on_test, zero_shot, temperatures, untrained, params.seed)
+    write_json(report, output / "report.json")
+    write_curve(trained.curve, output / "curve.csv")
+    scratch.publish({"reward": paths.output})
+
+
+def backbone_files(params: RewardParams) -> list[Path]:
+    """The backbone's weights where they are local files."""
+    places = [params.backbone.removeprefix("local-dir:") if params.backbone.startswith("local-dir:") else None]
+    places.append(params.pretrained)
+    return [Path(place) for place in places if place is not None and Path(place).exists()]
+
+
+def write_curve(curve: list[dict[str, float]], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(curve[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(curve)
+
+
+if __name__ == "__main__":
+    run(main)

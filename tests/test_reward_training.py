@@ -1,0 +1,220 @@
+"""Training: it learns, it resumes to the same bytes, and what it saves loads as the same scorer."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reward_tiny import flat_image, make_clip, reward_params, write_ratings
+
+from dspo.data.files import read_json, write_json
+from dspo.errors import UserError
+from dspo.params import RewardParams
+from dspo.reward import training
+from dspo.reward.backbone import weights_sha256
+from dspo.reward.checkpoint import load_reward, save_reward
+from dspo.reward.dataset import Stems, read_ratings
+from dspo.reward.model import RewardModel, build_model
+from dspo.reward.training import (
+    Trained,
+    schedule,
+    score_differences,
+    train_reward,
+    update_ema,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clip_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_clip(tmp_path_factory.mktemp("clip") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ratings")
+    for name, n_pairs, seed in (("train", 200, 1), ("validation", 60, 2)):
+        write_ratings(folder / f"{name}.parquet", n_pairs, seed, unlabelled=("detail",))
+    return folder
+
+
+def fit(
+    ratings: Path, params: RewardParams, checkpoint: Path | None = None
+) -> tuple[RewardModel, Stems, Trained]:
+    model = build_model(params, 0, CPU)
+    train, validation = (
+        Stems(model.backbone, read_ratings(ratings / f"{name}.parquet"), params.dtype)
+        for name in ("train", "validation")
+    )
+    return (
+        model,
+        validation,
+        train_reward(model, train, validation, params, 0, checkpoint),
+    )
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_it_learns_what_the_raters_like(
+    clip_name: str, ratings: Path, fusion: bool
+) -> None:
+    model, validation, trained = fit(
+        ratings, reward_params(clip_name, fusion=fusion, epochs=12)
+    )
+    right = score_differences(model, validation) > 0
+    labels = validation.pairs.head_shares(model.heads) > 0.5
+    assert (right == labels).mean(axis=0)[
+        2:4
+    ].min() > 0.85  # brightness: aesthetics and fidelity
+    assert trained.curve[-1]["train_loss"] < trained.curve[0]["train_loss"]
+    assert trained.curve[-1]["validation_nll_ema"] < math.log(2)
+    assert not score_differences(model, validation)[:, 4].any()  # detail had no labels
+
+
+def test_a_killed_run_ends_in_the_same_bytes(
+    clip_name: str, ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = reward_params(clip_name)
+    _, _, whole = fit(ratings, params)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_STEPS", 5)
+    real, calls = training.update_ema, []
+
+    def killed(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == 17:
+            raise KeyboardInterrupt
+        real(*args)  # type: ignore[arg-type]
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "update_ema", killed)
+        fit(ratings, params, checkpoint)
+    _, _, continued = fit(ratings, params, checkpoint)
+    assert continued.curve == whole.curve
+    for one, other in ((continued.ema, whole.ema), (continued.raw, whole.raw)):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_stems_that_do_not_fit_in_memory_train_the_same(
+    clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = reward_params(clip_name, epochs=1)
+    _, _, kept = fit(ratings, params)
+    monkeypatch.setattr("dspo.reward.dataset.STEM_BYTES", 0)
+    _, _, computed = fit(ratings, params)
+    for name, tensor in kept.raw.items():
+        torch.testing.assert_close(computed.raw[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_an_error(
+    clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        training, "batch_loss", lambda *_: torch.tensor(math.inf, requires_grad=True)
+    )
+    with pytest.raises(UserError, match="lr_heads"):
+        fit(ratings, reward_params(clip_name))
+
+
+def test_ema_warms_up() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    ema = {"p": torch.tensor([0.0])}
+    update_ema(ema, {"p": parameter}, 0.99, step=0)
+    assert math.isclose(ema["p"].item(), 0.9, rel_tol=1e-6)  # d = 1/10
+    update_ema(ema, {"p": parameter}, 0.0, step=5)
+    assert ema["p"].item() == 1.0
+
+
+def test_schedule() -> None:
+    assert [schedule(step, 4, 12) for step in (0, 3, 4, 8, 12)] == [
+        0.25,
+        1.0,
+        1.0,
+        0.5,
+        0.0,
+    ]
+
+
+def saved(folder: Path, clip_name: str, ratings: Path) -> tuple[RewardModel, Path]:
+    params = reward_params(clip_name, epochs=1)
+    identity = weights_sha256(build_model(params, 0, CPU).backbone.clip)
+    model, _, trained = fit(ratings, params)
+    temperatures = {head: 1.5 for head in model.heads}
+    save_reward(folder, model, trained, params, temperatures, ["detail"], identity)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def trained_folder(
+    clip_name: str, ratings: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RewardModel, Path]:
+    return saved(tmp_path_factory.mktemp("reward") / "reward", clip_name, ratings)
+
+
+def test_saved_and_loaded_scores_are_equal(
+    trained_folder: tuple[RewardModel, Path],
+) -> None:
+    model, folder = trained_folder
+    scorer = load_reward(folder, CPU)
+    rng = np.random.default_rng(0)
+    images, captions = (
+        [flat_image(rng) for _ in range(5)],
+        ["red", "blue b", "green", "red c d", "blue"],
+    )
+    scores = scorer.score(images, captions, batch_size=5)
+    with torch.inference_mode():
+        expected = model(
+            model.backbone.preprocess(images), model.backbone.tokenize(captions)
+        ).numpy()
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_allclose(
+        scorer.score(images, captions, batch_size=2), expected, rtol=1e-4, atol=1e-5
+    )
+    assert scores.dtype == np.float32 and scorer.heads == model.heads
+    assert scorer.temperature == 1.5 and scorer.untrained == ["detail"]
+    assert scorer.score([], [], 4).shape == (0, 5)
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(
+    trained_folder: tuple[RewardModel, Path], tmp_path: Path
+) -> None:
+    folder = copy(trained_folder[1], tmp_path / "reward")
+    config = read_json(folder / "config.json")
+    for other in (
+        make_clip(tmp_path / "other", seed=1),
+        make_clip(tmp_path / "quick", quick_gelu=True),
+    ):
+        config["params"]["backbone"] = other
+        write_json(config, folder / "config.json")
+        with pytest.raises(UserError, match="another backbone"):
+            load_reward(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "damaged"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a JSON file"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "not the config"),
+    ],
+)
+def test_damaged_checkpoints(
+    trained_folder: tuple[RewardModel, Path],
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = copy(trained_folder[1], tmp_path / "reward")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load_reward(folder, CPU)
+
+
+def copy(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
