@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,8 @@ def _rows(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, 
                     f"The first line should read: {','.join(required)}"
                 )
         reader.fieldnames = header
-        line = reader.line_num + 1
         for number, row in enumerate(reader, start=1):
-            where = f"{path}, row {number} (line {line})"
-            line = reader.line_num + 1
+            where = f"{path}, row {number} (line {reader.line_num - _line_breaks(row)})"
             if None in row:
                 raise UserError(
                     f"{where}: {len(row) - 1 + len(row[None])} cells where the header has {len(header)}. "
@@ -91,6 +90,11 @@ def _rows(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, 
             yield where, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}). Check the double quotes there.") from None
+
+
+def _line_breaks(row: dict[str, str]) -> int:
+    """Line breaks inside the cells of a row, which then begins above the line on which it ends."""
+    return sum(len(re.findall(r"\r\n|\r|\n", cell)) for cell in row.values() if isinstance(cell, str))
 
 
 def _text(path: Path) -> str:

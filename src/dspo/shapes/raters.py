@@ -66,9 +66,8 @@ def draw_votes(probabilities: Array, pair_ids: Sequence[str], head: str, votes: 
 
     Each draw is keyed by pair, head and rater.
     """
-    uniform = np.array(
-        [[keyed_uniform(seed, "vote", pair, head, rater) for rater in range(votes)] for pair in pair_ids]
-    )
+    draws = [keyed_uniform(seed, "vote", pair, head, rater) for pair in pair_ids for rater in range(votes)]
+    uniform = np.array(draws).reshape(len(pair_ids), votes)
     first, tie = probabilities[:, :1], probabilities[:, 1:2]
     return np.where(uniform < first, 1.0, np.where(uniform < first + tie, 0.5, 0.0))
 
