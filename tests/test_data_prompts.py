@@ -19,16 +19,25 @@ def read(tmp_path, data, max_characters=400):
 
 def test_weight_is_optional(tmp_path):
     assert read(tmp_path, "prompt\na cat\na dog\n") == [("a cat", 1.0), ("a dog", 1.0)]
-    assert read(tmp_path, "prompt,weight\na cat,2.5\na dog,\na cow\n") == [("a cat", 2.5), ("a dog", 1.0), ("a cow", 1.0)]
+    assert read(tmp_path, "prompt,weight\na cat,2.5\na dog,\na cow\n") == [
+        ("a cat", 2.5),
+        ("a dog", 1.0),
+        ("a cow", 1.0),
+    ]
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_bom_and_line_ends(tmp_path, bom, end):
-    assert read(tmp_path, bom + end.join([b"prompt,weight", b"a cat,1", b"a dog,2"]) + end) == [("a cat", 1), ("a dog", 2)]
+    assert read(tmp_path, bom + end.join([b"prompt,weight", b"a cat,1", b"a dog,2"]) + end) == [
+        ("a cat", 1),
+        ("a dog", 2),
+    ]
 
 
-@pytest.mark.parametrize("text", ["🐱 in 東京", "../../x", "<script>alert(1)</script>", "=1+1", "$(rm -rf /)", "a\u2028b", "x" * 400])
+@pytest.mark.parametrize(
+    "text", ["🐱 in 東京", "../../x", "<script>alert(1)</script>", "=1+1", "$(rm -rf /)", "a\u2028b", "x" * 400]
+)
 def test_prompts_are_data(tmp_path, text):
     assert read(tmp_path, f'prompt\n"{text}"\n') == [(text, 1.0)]
 

@@ -28,7 +28,13 @@ def shard(path, rows):
 
 
 def row(caption="a cat", first=1, second=2, label=1.0, **more):
-    return {"caption": caption, "jpg_0": png(first), "jpg_1": png(second), "label_0": label, "label_1": 1 - label} | more
+    return {
+        "caption": caption,
+        "jpg_0": png(first),
+        "jpg_1": png(second),
+        "label_0": label,
+        "label_1": 1 - label,
+    } | more
 
 
 def test_pickapic_winner_is_kept_whichever_side_it_comes_to(tmp_path):
@@ -43,12 +49,19 @@ def test_pickapic_sides_do_not_depend_on_the_file(tmp_path):
     """The same pairs written the other way round give the same ratings."""
     rows = [row(f"prompt {i}", label=(1.0, 0.5, 0.0)[i % 3]) for i in range(20)]
     turned = [row(r["caption"], 2, 1, r["label_1"]) for r in rows]
-    one, other = (list(read_ratings(shard(tmp_path / n, r), 0)) for n, r in (("a.parquet", rows), ("b.parquet", turned)))
+    one, other = (
+        list(read_ratings(shard(tmp_path / n, r), 0)) for n, r in (("a.parquet", rows), ("b.parquet", turned))
+    )
     assert one == other
 
 
 def test_pickapic_skips_rows_without_label_and_repeats(tmp_path):
-    rows = [row(has_label=True), row("a dog", label=0.0, has_label=False), row(has_label=True), row("a cow", has_label=True)]
+    rows = [
+        row(has_label=True),
+        row("a dog", label=0.0, has_label=False),
+        row(has_label=True),
+        row("a cow", has_label=True),
+    ]
     assert [r["caption"] for r in read_ratings(shard(tmp_path / "a.parquet", rows), 0)] == ["a cat", "a cow"]
 
 
@@ -99,7 +112,9 @@ def rated():
             image = render(random_scene(request, rng)) // (index + 1)
             gold = judge_all([image], [request.prompt()], ["here"], 1)[0]
             source = "other" if index == 2 else "base"
-            images.append(RatedImage(prompt_id(request.prompt()), request.prompt(), encode_png(image), source, index, gold))
+            images.append(
+                RatedImage(prompt_id(request.prompt()), request.prompt(), encode_png(image), source, index, gold)
+            )
     return images
 
 
@@ -125,6 +140,8 @@ def test_labels(rated):
     assert {split: set(t["votes"].to_pylist()) for split, t in tables.items() if len(t)}["test"] == {1}
     for r in tables["train"].to_pylist():
         assert r["label_0"] + r["label_1"] == 1
-        assert all(round(r[f"y_{head}"] * 6) / 6 == pytest.approx(r[f"y_{head}"]) for head in HEADS)  # sixths: ties count half
+        assert all(
+            round(r[f"y_{head}"] * 6) / 6 == pytest.approx(r[f"y_{head}"]) for head in HEADS
+        )  # sixths: ties count half
     for r in tables["test"].to_pylist():
         assert r["y_overall"] == r["label_0"]

@@ -61,9 +61,9 @@ def read_split(path: Path) -> list[Prompt]:
 def write_split(prompts: Sequence[Prompt], path: Path) -> None:
     """Write ``prompt_id,prompt,weight``, sorted by id."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a lone \r would not be quoted
     writer.writerow(SPLIT_COLUMNS)
-    writer.writerows((p.id, p.text, repr(p.weight)) for p in sorted(prompts, key=lambda p: p.id))
+    writer.writerows((p.id, p.text, p.weight) for p in sorted(prompts, key=lambda p: p.id))
     with whole_file(path) as partial:
         partial.write_bytes(text.getvalue().encode("utf-8"))
 

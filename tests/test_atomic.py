@@ -1,0 +1,164 @@
+"""Outputs appear whole or not at all, whatever happens and whenever."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+
+import pytest
+
+from dspo.errors import UserError
+from dspo.stages import atomic
+from dspo.stages.atomic import fingerprint, open_scratch
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of the code under test may swallow it."""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text("in")
+    return tmp_path
+
+
+def tree(path):
+    return {str(p.relative_to(path)): p.read_text() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def stage(folder, pieces=3):
+    """A stage as they all are: skips finished pieces, then publishes a folder and a file."""
+    scratch = open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+    (scratch.path / "model").mkdir(exist_ok=True)
+    made = []
+    for i in range(pieces):
+        piece = scratch.path / "model" / f"{i}.txt"
+        if not piece.exists():
+            partial = piece.with_suffix(".partial")
+            partial.write_text(f"piece {i}")
+            os.replace(partial, piece)
+            made.append(i)
+    (scratch.path / "log.txt").write_text("log")
+    scratch.publish({"model": folder / "out" / "model", "log.txt": folder / "out" / "log.txt"})
+    return made
+
+
+WHOLE = {"model/0.txt": "piece 0", "model/1.txt": "piece 1", "model/2.txt": "piece 2", "log.txt": "log"}
+
+
+def test_publish_puts_everything_in_place_and_leaves_no_scratch(folder):
+    assert stage(folder) == [0, 1, 2]
+    assert tree(folder / "out") == WHOLE
+    assert tree(folder / "scratch") == {}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("moment", range(60))
+def test_kill_at_any_moment(folder, monkeypatch, moment, existing):
+    """Die before the n-th operation on the file system; outputs are whole or absent, and the next run ends the same."""
+    if existing:
+        (folder / "out" / "model").mkdir(parents=True)
+        (folder / "out" / "model" / "0.txt").write_text("older")
+        (folder / "out" / "log.txt").write_text("older")
+    left = moment
+
+    def dying(operation):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return operation(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for module, name in (
+            (os, "link"),
+            (os, "rename"),
+            (os, "replace"),
+            (os, "fsync"),
+            (os, "mkdir"),
+            (os, "unlink"),
+            (os, "rmdir"),
+        ):
+            patch.setattr(module, name, dying(getattr(module, name)))
+        try:
+            stage(folder)
+        except Killed:
+            pass
+    model, log = folder / "out" / "model", folder / "out" / "log.txt"
+    if model.exists():
+        assert tree(model) in ({"0.txt": "older"}, {k.removeprefix("model/"): v for k, v in WHOLE.items() if "/" in k})
+    if log.exists():
+        assert log.read_text() in ("older", "log")
+    # DVC removes a stage's outputs before it runs the stage again
+    shutil.rmtree(folder / "out" / "model", ignore_errors=True)
+    (folder / "out" / "log.txt").unlink(missing_ok=True)
+    stage(folder)
+    assert tree(folder / "out") == WHOLE
+    assert tree(folder / "scratch") == {}
+
+
+def test_killed_process_goes_on_where_it_stopped(folder):
+    child = multiprocessing.get_context("fork").Process(target=_stop_after_two_pieces, args=(folder,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (folder / "out").exists()
+    assert stage(folder) == [2]
+    assert tree(folder / "out") == WHOLE
+
+
+def _stop_after_two_pieces(folder):
+    scratch = open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+    (scratch.path / "model").mkdir()
+    for i in range(2):
+        (scratch.path / "model" / f"{i}.txt").write_text(f"piece {i}")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_other_parameters_get_another_folder_and_the_stale_one_goes(folder):
+    first = open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+    stale = first.path
+    (stale / "checkpoint").write_text("of lr 1")
+    del first
+    second = open_scratch("demo", {"lr": 2.0}, [folder / "input.txt"])
+    assert second.path != stale
+    assert list(second.path.iterdir()) == []
+    assert not stale.exists()
+
+
+def test_folder_of_a_running_process_is_neither_removed_nor_shared(folder):
+    first = open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+    open_scratch("demo", {"lr": 2.0}, [folder / "input.txt"])
+    assert first.path.exists()
+    with pytest.raises(UserError, match="another process is at work"):
+        open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+
+
+def test_fingerprint_counts_parameters_contents_names_and_code(folder):
+    a, b = folder / "a", folder / "b"
+    for path, text in ((a / "x", "1"), (b / "x", "1")):
+        path.parent.mkdir()
+        path.write_text(text)
+    same = fingerprint({"lr": 1}, [a], [b])
+    assert fingerprint({"lr": 1}, [b], [a]) == same
+    assert fingerprint({"lr": 2}, [a], [b]) != same
+    (a / "x").rename(a / "y")
+    assert fingerprint({"lr": 1}, [a], [b]) != same
+    (a / "y").rename(a / "x")
+    (b / "x").write_text("2")
+    assert fingerprint({"lr": 1}, [a], [b]) != same
+    with pytest.raises(UserError, match="missing: no such file or folder"):
+        fingerprint({}, [folder / "missing"], [])
+
+
+def test_without_hard_links_outputs_are_copied(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(atomic.os, "link", refuse)
+    stage(folder)
+    assert tree(folder / "out") == WHOLE
