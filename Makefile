@@ -1,0 +1,80 @@
+# The whole project by two commands: `make repro` and `make test`. Both make `.venv` first if it is not there.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3.11
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+STAMP := .venv/installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup lock repro report shapes ablation losses overopt audit test lint format deps mlflow sync image
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## .venv from requirements.lock, hashes checked
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is needed and was not found (set PYTHON=/path/to/python3.11)"; exit 2; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $(STAMP)
+
+lock: ## resolve requirements.lock and requirements.runtime.lock anew
+	uv pip compile --quiet --generate-hashes --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements.runtime.lock
+	uv pip compile --quiet --generate-hashes --no-emit-index-url --python-version 3.11 --extra dev -c requirements.runtime.lock pyproject.toml -o requirements.lock
+
+# MLflow follows the files: whatever happens to it, the run stands. What could not be sent waits for `make sync`.
+repro: setup ## the whole pipeline; prints the figures and where the report is
+	dvc repro
+	timeout 120 dspo sync || echo "MLflow was not reached; \`make sync\` sends what waits"
+	python -m dspo.reporting.gates reports/summary.json
+	@echo "report: $(CURDIR)/reports/index.html"
+
+report: setup ## the report alone, from the outputs that stand here
+	dvc repro --single-item report
+
+shapes: setup ## train the small base model, CLIP and judge of the shapes world anew (hours on a CPU)
+	dvc repro pipelines/shapes/dvc.yaml
+
+ablation: setup ## what each part of the reward model is worth
+	python -m dspo.studies.ablation
+
+losses: setup ## the preference losses beside each other, tuned on validation, fresh seeds
+	python -m dspo.studies.losses
+
+overopt: setup ## where the proxy goes on rising and the gold judge does not
+	python -m dspo.studies.overopt
+
+audit: setup ## the adapter on fresh prompts and seeds
+	python -m dspo.studies.audit
+
+test: setup ## all tests
+	OMP_NUM_THREADS=1 pytest -n 2
+
+lint: setup ## style, types, layers, code dependencies of the stages
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports --no-logo
+	python tools/stage_deps.py --check $(wildcard dvc.yaml pipelines/*/dvc.yaml)
+
+format: setup ## let ruff lay out the code
+	ruff check --fix .
+	ruff format .
+
+deps: setup ## write each stage's code dependencies into dvc.yaml
+	python tools/stage_deps.py $(wildcard dvc.yaml pipelines/*/dvc.yaml)
+
+mlflow: setup ## MLflow's pages over mlflow.db at http://127.0.0.1:5000
+	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --artifacts-destination $(CURDIR)/mlartifacts
+
+sync: setup ## send to MLflow what is not there yet, experiments of `dvc exp run` included
+	dspo sync
+
+image: ## the container image
+	docker build --tag dspo .
