@@ -70,6 +70,7 @@ def test_stage_splits_and_adding_prompts_moves_none(tmp_path, monkeypatch):
 
 
 def test_stage_imports_no_torch():
-    code = "import sys, dspo.stages.prepare_prompts, dspo.cli; print([m for m in ('torch', 'diffusers', 'pyarrow') if m in sys.modules])"
+    heavy = ("torch", "diffusers", "open_clip", "mlflow", "pyarrow")
+    code = f"import sys, dspo.stages.prepare_prompts, dspo.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

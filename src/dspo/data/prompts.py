@@ -71,6 +71,7 @@ def write_split(prompts: Sequence[Prompt], path: Path) -> None:
 def _rows(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("FILE, row N (line M)", cells by column) for every row below the header."""
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    number = 0
     try:
         header = [name.strip().lower() for name in reader.fieldnames or ()]
         for name in required:
@@ -89,7 +90,7 @@ def _rows(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, 
                 )
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}). Check the double quotes there.") from None
+        raise UserError(f"{path}, row {number + 1}: not CSV ({error}). Check the double quotes there.") from None
 
 
 def _line_breaks(row: dict[str, str]) -> int:
