@@ -54,9 +54,7 @@ def make_clip(folder: Path, quick_gelu: bool = False, seed: int = 0) -> str:
         },
     }
     statistics = {"mean": [0.5, 0.4, 0.6], "std": [0.25, 0.3, 0.2]}
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": statistics})
-    )
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": statistics}))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip = open_clip.model.CLIP(**config)
@@ -90,9 +88,7 @@ def reward_params(backbone: str, **changes: object) -> RewardParams:
     return RewardParams.model_validate(values | changes)
 
 
-def write_ratings(
-    path: Path, n_pairs: int, seed: int, unlabelled: tuple[str, ...] = ()
-) -> None:
+def write_ratings(path: Path, n_pairs: int, seed: int, unlabelled: tuple[str, ...] = ()) -> None:
     """Pairs where the image with more of the caption's colour wins overall and alignment, the brighter one the rest."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -102,9 +98,7 @@ def write_ratings(
         images = [flat_image(rng) for _ in range(2)]
         matching = float(images[0][0, 0, channel] > images[1][0, 0, channel])
         brighter = float(images[0].mean() > images[1].mean())
-        shares = {
-            h: matching if h in ("overall", "alignment") else brighter for h in HEADS
-        }
+        shares = {h: matching if h in ("overall", "alignment") else brighter for h in HEADS}
         rows.append(
             {
                 "pair_id": f"{seed}-{i}",
@@ -114,10 +108,7 @@ def write_ratings(
                 "jpg_1": encode_png(images[1]),
                 "label_0": matching,
                 "label_1": 1 - matching,
-                **{
-                    f"y_{h}": None if h in unlabelled else share
-                    for h, share in shares.items()
-                },
+                **{f"y_{h}": None if h in unlabelled else share for h, share in shares.items()},
                 "votes": 3,
                 "p_first": 0.9 if matching else 0.1,
                 "source": "base" if i % 4 else "other",

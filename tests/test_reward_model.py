@@ -30,9 +30,7 @@ def model(clip_name: str) -> RewardModel:
 
 def some_pixels(model: RewardModel) -> torch.Tensor:
     rng = np.random.default_rng(1)
-    return model.backbone.preprocess(
-        [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in CAPTIONS]
-    )
+    return model.backbone.preprocess([rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in CAPTIONS])
 
 
 def randomised(model: RewardModel) -> RewardModel:
@@ -62,9 +60,7 @@ def test_stem_and_top_give_open_clips_own_tokens(clip_name: str, unlocked: int) 
         text = backbone.text_top(backbone.text_stem(ids), ids.argmax(-1))
     torch.testing.assert_close(image.patches, expected["image_intermediates"][-1])
     torch.testing.assert_close(image.embedding, expected["image_features"])
-    torch.testing.assert_close(
-        text.tokens, expected["text_intermediates"][-1][:, : ids.shape[1]]
-    )
+    torch.testing.assert_close(text.tokens, expected["text_intermediates"][-1][:, : ids.shape[1]])
     torch.testing.assert_close(text.embedding, expected["text_features"])
 
 
@@ -94,10 +90,7 @@ def test_prompt_free_heads_do_not_see_the_caption(clip_name: str, fusion: bool) 
     model = randomised(build_model(reward_params(clip_name, fusion=fusion), 0, CPU))
     pixels = some_pixels(model)
     with torch.no_grad():
-        one, other = (
-            model(pixels, model.backbone.tokenize([caption] * 3))
-            for caption in ("red", "blue b c")
-        )
+        one, other = (model(pixels, model.backbone.tokenize([caption] * 3)) for caption in ("red", "blue b c"))
     assert (one[:, :2] != other[:, :2]).all()
     torch.testing.assert_close(one[:, 2:], other[:, 2:], rtol=0, atol=1e-6)
     assert one[:, 2:].std() > 0
@@ -122,24 +115,13 @@ def test_heads_keep_the_order_of_the_params(clip_name: str) -> None:
 
 
 def test_only_the_last_blocks_are_trained(model: RewardModel) -> None:
-    backbone = {
-        name.removeprefix("backbone.clip.")
-        for name in model.trained_parameters()
-        if name[:8] == "backbone"
-    }
+    backbone = {name.removeprefix("backbone.clip.") for name in model.trained_parameters() if name[:8] == "backbone"}
     whole = {name for name in backbone if "resblocks" not in name}
-    assert {
-        name.split(".mlp")[0].split(".attn")[0].split(".ln_")[0]
-        for name in backbone - whole
-    } == {
+    assert {name.split(".mlp")[0].split(".attn")[0].split(".ln_")[0] for name in backbone - whole} == {
         "visual.transformer.resblocks.2",
         "transformer.resblocks.1",
     }
-    norms = {
-        f"{norm}.{part}"
-        for norm in ("visual.ln_post", "ln_final")
-        for part in ("weight", "bias")
-    }
+    norms = {f"{norm}.{part}" for norm in ("visual.ln_post", "ln_final") for part in ("weight", "bias")}
     assert whole == norms | {"visual.proj", "text_projection"}
 
 
@@ -153,10 +135,7 @@ def test_vit_l_336_at_full_size_without_weights() -> None:
     model = build_model(params, 0, torch.device("meta"))
     assert model.backbone.quick_gelu
     assert sum(p.numel() for p in model.backbone.clip.parameters()) == 427_944_193
-    assert (
-        model.backbone.frozen_image_blocks == 18
-        and model.backbone.frozen_text_blocks == 6
-    )
+    assert model.backbone.frozen_image_blocks == 18 and model.backbone.frozen_text_blocks == 6
     pixels, ids = (
         torch.empty(2, 3, 336, 336, device="meta"),
         torch.ones(2, 77, dtype=torch.long, device="meta"),

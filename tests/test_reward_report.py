@@ -46,9 +46,7 @@ def test_equal_scores_count_half() -> None:
 def test_temperature_is_found_again() -> None:
     rng = np.random.default_rng(0)
     logit = rng.normal(size=4000) * 2
-    assert math.isclose(
-        fit_temperature(logit * 3, 1 / (1 + np.exp(-logit))), 3.0, rel_tol=1e-3
-    )
+    assert math.isclose(fit_temperature(logit * 3, 1 / (1 + np.exp(-logit))), 3.0, rel_tol=1e-3)
     assert fit_temperature(logit, np.full(4000, np.nan)) == 1.0
 
 
@@ -67,15 +65,8 @@ def pairs(tmp_path: Path) -> RatedPairs:
 def test_report_of_a_perfect_and_a_blind_model(pairs: RatedPairs) -> None:
     perfect = np.repeat(pairs.vote[:, None] - 0.5, 5, axis=1)
     temperatures = dict.fromkeys(HEADS, 1.0)
-    report = reward_report(
-        pairs, HEADS, perfect, -perfect[:, 0], temperatures, ["detail"], 0
-    )
-    assert (
-        report["macro_f1"]
-        == report["pair_accuracy_low"]
-        == report["ceiling_macro_f1"]
-        == 1.0
-    )
+    report = reward_report(pairs, HEADS, perfect, -perfect[:, 0], temperatures, ["detail"], 0)
+    assert report["macro_f1"] == report["pair_accuracy_low"] == report["ceiling_macro_f1"] == 1.0
     assert report["zero_shot_pair_accuracy"] == 0.0
     assert (report["n_pairs"], report["n_ties"]) == (120, 0)
     assert report["base"]["n_pairs"] == 90 and report["other"]["n_pairs"] == 30
@@ -84,9 +75,7 @@ def test_report_of_a_perfect_and_a_blind_model(pairs: RatedPairs) -> None:
     prevalence = float(np.mean(pairs.vote > 0.5))
     assert math.isclose(report["constant_f1"], 2 * prevalence / (1 + prevalence))
 
-    blind = reward_report(
-        pairs, HEADS, 0 * perfect, 0 * perfect[:, 0], temperatures, ["detail"], 0
-    )
+    blind = reward_report(pairs, HEADS, 0 * perfect, 0 * perfect[:, 0], temperatures, ["detail"], 0)
     assert blind["pair_accuracy"] == 0.5 and blind["n_equal_scores"] == 120
     assert math.isclose(blind["nll"], math.log(2)) and blind["brier"] == 0.25
     assert math.isclose(blind["ece"], abs(prevalence - 0.5))

@@ -13,6 +13,7 @@ from dspo.data.files import read_json, write_json
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.reward import training
+from dspo.reward.ablation import FULL, PLAIN, ablation_report, markdown, run_trial, variants
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import load_reward, save_reward
 from dspo.reward.dataset import Stems, read_ratings
@@ -41,9 +42,7 @@ def ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit(
-    ratings: Path, params: RewardParams, checkpoint: Path | None = None
-) -> tuple[RewardModel, Stems, Trained]:
+def fit(ratings: Path, params: RewardParams, checkpoint: Path | None = None) -> tuple[RewardModel, Stems, Trained]:
     model = build_model(params, 0, CPU)
     train, validation = (
         Stems(model.backbone, read_ratings(ratings / f"{name}.parquet"), params.dtype)
@@ -57,17 +56,11 @@ def fit(
 
 
 @pytest.mark.parametrize("fusion", [True, False])
-def test_it_learns_what_the_raters_like(
-    clip_name: str, ratings: Path, fusion: bool
-) -> None:
-    model, validation, trained = fit(
-        ratings, reward_params(clip_name, fusion=fusion, epochs=12)
-    )
+def test_it_learns_what_the_raters_like(clip_name: str, ratings: Path, fusion: bool) -> None:
+    model, validation, trained = fit(ratings, reward_params(clip_name, fusion=fusion, epochs=12))
     right = score_differences(model, validation) > 0
     labels = validation.pairs.head_shares(model.heads) > 0.5
-    assert (right == labels).mean(axis=0)[
-        2:4
-    ].min() > 0.85  # brightness: aesthetics and fidelity
+    assert (right == labels).mean(axis=0)[2:4].min() > 0.85  # brightness: aesthetics and fidelity
     assert trained.curve[-1]["train_loss"] < trained.curve[0]["train_loss"]
     assert trained.curve[-1]["validation_nll_ema"] < math.log(2)
     assert not score_differences(model, validation)[:, 4].any()  # detail had no labels
@@ -108,12 +101,8 @@ def test_stems_that_do_not_fit_in_memory_train_the_same(
         torch.testing.assert_close(computed.raw[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_a_loss_that_is_no_number_is_an_error(
-    clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        training, "batch_loss", lambda *_: torch.tensor(math.inf, requires_grad=True)
-    )
+def test_a_loss_that_is_no_number_is_an_error(clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "batch_loss", lambda *_: torch.tensor(math.inf, requires_grad=True))
     with pytest.raises(UserError, match="lr_heads"):
         fit(ratings, reward_params(clip_name))
 
@@ -141,15 +130,13 @@ def saved(folder: Path, clip_name: str, ratings: Path) -> tuple[RewardModel, Pat
     params = reward_params(clip_name, epochs=1)
     identity = weights_sha256(build_model(params, 0, CPU).backbone.clip)
     model, _, trained = fit(ratings, params)
-    temperatures = {head: 1.5 for head in model.heads}
+    temperatures = dict.fromkeys(model.heads, 1.5)
     save_reward(folder, model, trained, params, temperatures, ["detail"], identity)
     return model, folder
 
 
 @pytest.fixture(scope="module")
-def trained_folder(
-    clip_name: str, ratings: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RewardModel, Path]:
+def trained_folder(clip_name: str, ratings: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RewardModel, Path]:
     return saved(tmp_path_factory.mktemp("reward") / "reward", clip_name, ratings)
 
 
@@ -165,21 +152,15 @@ def test_saved_and_loaded_scores_are_equal(
     )
     scores = scorer.score(images, captions, batch_size=5)
     with torch.inference_mode():
-        expected = model(
-            model.backbone.preprocess(images), model.backbone.tokenize(captions)
-        ).numpy()
+        expected = model(model.backbone.preprocess(images), model.backbone.tokenize(captions)).numpy()
     np.testing.assert_array_equal(scores, expected)
-    np.testing.assert_allclose(
-        scorer.score(images, captions, batch_size=2), expected, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(scorer.score(images, captions, batch_size=2), expected, rtol=1e-4, atol=1e-5)
     assert scores.dtype == np.float32 and scorer.heads == model.heads
     assert scorer.temperature == 1.5 and scorer.untrained == ["detail"]
     assert scorer.score([], [], 4).shape == (0, 5)
 
 
-def test_a_checkpoint_of_another_backbone_is_refused(
-    trained_folder: tuple[RewardModel, Path], tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_backbone_is_refused(trained_folder: tuple[RewardModel, Path], tmp_path: Path) -> None:
     folder = copy(trained_folder[1], tmp_path / "reward")
     config = read_json(folder / "config.json")
     for other in (
@@ -218,3 +199,29 @@ def copy(source: Path, target: Path) -> Path:
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     return target
+
+
+def test_ablation_rows_and_report(clip_name: str, ratings: Path) -> None:
+    params = reward_params(clip_name, epochs=1)
+    rows = variants(params)
+    assert list(rows) == [
+        "full model",
+        "without fusion",
+        "with focal loss",
+        "without EMA",
+        "without MixUp",
+        "one head",
+        "plain head",
+    ]
+    plain = rows["plain head"]
+    assert (plain.fusion, plain.ema_decay, plain.mixup_alpha, plain.heads) == (False, 0.0, 0.0, ["overall"])
+    backbone = build_model(params, 0, CPU).backbone
+    train, validation = (
+        Stems(backbone, read_ratings(ratings / f"{name}.parquet"), params.dtype) for name in ("train", "validation")
+    )
+    stems = {"train": train, "validation": validation, "test": validation}
+    trials = {name: [run_trial(rows[name], stems, 0, CPU)] for name in (FULL, PLAIN)}
+    report = ablation_report(trials, validation.pairs, 0)
+    assert report["rows"][FULL]["difference_to_full"] == 0.0
+    assert report["plain_head_macro_f1"] == report["rows"][PLAIN]["macro_f1"]
+    assert markdown(report).count("\n| ") == 3

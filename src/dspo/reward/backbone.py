@@ -7,6 +7,7 @@ once per image and caption. Stem and top together give exactly what open_clip's 
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from dspo.data.images import Pixels
 from dspo.errors import UserError
+from dspo.params import RewardParams
 
 
 class Tokenizer(Protocol):
@@ -37,9 +39,7 @@ class ImageTokens:
 @dataclass(frozen=True)
 class TextTokens:
     tokens: Tensor  # [batch, length, text_width], after the tower's last norm
-    last: (
-        Tensor  # [batch] position of the end-of-text token; what follows it is padding
-    )
+    last: Tensor  # [batch] position of the end-of-text token; what follows it is padding
     embedding: Tensor  # [batch, embed_dim], projected end-of-text token, not normalised
 
     def __getitem__(self, rows: Tensor) -> "TextTokens":
@@ -63,9 +63,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.clip = clip
         self.tokenizer = tokenizer
-        self.frozen_image_blocks = (
-            len(clip.visual.transformer.resblocks) - unlocked_image_blocks
-        )
+        self.frozen_image_blocks = len(clip.visual.transformer.resblocks) - unlocked_image_blocks
         self.frozen_text_blocks = len(clip.transformer.resblocks) - unlocked_text_blocks
         if self.frozen_image_blocks < 0 or self.frozen_text_blocks < 0:
             raise UserError(
@@ -74,9 +72,7 @@ class Backbone(nn.Module):
             )
         clip.requires_grad_(False)
         if unlocked_image_blocks:
-            clip.visual.transformer.resblocks[
-                self.frozen_image_blocks :
-            ].requires_grad_(True)
+            clip.visual.transformer.resblocks[self.frozen_image_blocks :].requires_grad_(True)
             clip.visual.ln_post.requires_grad_(True)
             clip.visual.proj.requires_grad_(True)
         if unlocked_text_blocks:
@@ -106,9 +102,7 @@ class Backbone(nn.Module):
         As open_clip's evaluation transform: bicubic to the shorter side, centre crop, the model's mean and deviation.
         """
         size = int(self.clip.visual.image_size[0])
-        pixels = torch.from_numpy(
-            np.stack([_resize(image, size) for image in images])
-        ).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack([_resize(image, size) for image in images])).permute(0, 3, 1, 2)
         statistics = self.clip.visual.preprocess_cfg
         mean = torch.tensor(statistics["mean"]).view(1, 3, 1, 1)
         std = torch.tensor(statistics["std"]).view(1, 3, 1, 1)
@@ -123,9 +117,7 @@ class Backbone(nn.Module):
         """[batch, 3, size, size] -> [batch, 1 + n_patches, image_width], output of the last frozen block."""
         with torch.no_grad():
             x: Tensor = self.clip.visual._embeds(pixels)
-            for block in self.clip.visual.transformer.resblocks[
-                : self.frozen_image_blocks
-            ]:
+            for block in self.clip.visual.transformer.resblocks[: self.frozen_image_blocks]:
                 x = block(x)
         return x
 
@@ -140,10 +132,7 @@ class Backbone(nn.Module):
         """[batch, length] -> [batch, length, text_width], output of the last frozen block."""
         length = tokens.shape[1]
         with torch.no_grad():
-            x: Tensor = (
-                self.clip.token_embedding(tokens)
-                + self.clip.positional_embedding[:length]
-            )
+            x: Tensor = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:length]
             for block in self.clip.transformer.resblocks[: self.frozen_text_blocks]:
                 x = block(x, attn_mask=self._causal_mask(length))
         return x
@@ -155,15 +144,11 @@ class Backbone(nn.Module):
             x = block(x, attn_mask=self._causal_mask(stem.shape[1]))
         x = self.clip.ln_final(x)
         pooled = x[torch.arange(len(x), device=x.device), last]
-        return TextTokens(
-            tokens=x, last=last, embedding=pooled @ self.clip.text_projection
-        )
+        return TextTokens(tokens=x, last=last, embedding=pooled @ self.clip.text_projection)
 
     def cosine(self, image: ImageTokens, text: TextTokens) -> Tensor:
         """CLIP's own score exp(logit_scale) * cos(image, text), [batch]."""
-        similarity = nn.functional.cosine_similarity(
-            image.embedding.float(), text.embedding.float(), dim=-1
-        )
+        similarity = nn.functional.cosine_similarity(image.embedding.float(), text.embedding.float(), dim=-1)
         scaled: Tensor = self.clip.logit_scale.exp() * similarity
         return scaled
 
@@ -189,9 +174,7 @@ def load_backbone(
     """
     meta = device.type == "meta"
     if not meta and not name.startswith("local-dir:") and pretrained is None:
-        raise UserError(
-            f"reward.pretrained: {name} needs a tag of open_clip or a local weight file"
-        )
+        raise UserError(f"reward.pretrained: {name} needs a tag of open_clip or a local weight file")
     try:
         with torch.device(device if meta else "cpu"):
             clip = open_clip.create_model(
@@ -203,23 +186,18 @@ def load_backbone(
             )
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"reward.backbone: {name} (pretrained {pretrained}) cannot be loaded: {error}"
-        ) from None
-    if (
-        not isinstance(clip, CLIP)
-        or clip.visual.attn_pool is not None
-        or clip.text_pool_type != "argmax"
-    ):
-        raise UserError(
-            f"reward.backbone: {name} is no plain CLIP; take a ViT model with CLIP's own text tower"
-        )
+        raise UserError(f"reward.backbone: {name} (pretrained {pretrained}) cannot be loaded: {error}") from None
+    if not isinstance(clip, CLIP) or clip.visual.attn_pool is not None or clip.text_pool_type != "argmax":
+        raise UserError(f"reward.backbone: {name} is no plain CLIP; take a ViT model with CLIP's own text tower")
     check_quick_gelu(name, pretrained, clip)
-    return (
-        Backbone(clip, tokenizer, unlocked_image_blocks, unlocked_text_blocks)
-        .to(device)
-        .eval()
-    )
+    return Backbone(clip, tokenizer, unlocked_image_blocks, unlocked_text_blocks).to(device).eval()
+
+
+def local_files(params: RewardParams) -> list[Path]:
+    """Where the backbone's weights are on this disk; empty if they come from a hub."""
+    if params.backbone.startswith("local-dir:"):
+        return [Path(params.backbone.removeprefix("local-dir:"))]
+    return [Path(params.pretrained)] if params.pretrained and Path(params.pretrained).exists() else []
 
 
 def uses_quick_gelu(clip: CLIP) -> bool:
@@ -241,9 +219,7 @@ def check_quick_gelu(name: str, pretrained: str | None, clip: CLIP) -> None:
         for tag in ([pretrained] if pretrained in tags else tags)
     }
     if len(wanted) == 1 and uses_quick_gelu(clip) not in wanted:
-        other = (
-            f"{name}-quickgelu" if wanted == {True} else name.removesuffix("-quickgelu")
-        )
+        other = f"{name}-quickgelu" if wanted == {True} else name.removesuffix("-quickgelu")
         raise UserError(
             f"reward.backbone: {name} computes {'QuickGELU' if uses_quick_gelu(clip) else 'GELU'}, but these weights "
             f"were trained with the other activation; use {other}"
@@ -268,8 +244,6 @@ def _resize(image: Pixels, size: int) -> Pixels:
         max(size, int(height * scale)),
         max(size, int(width * scale)),
     )
-    resized = np.asarray(
-        Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
-    )
+    resized = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return resized[top : top + size, left : left + size]

@@ -42,18 +42,14 @@ class RewardScorer:
         self.params = params
         self.heads = model.heads
         self.temperatures = temperatures  # head -> T of p = sigmoid(difference / T), fitted on validation
-        self.untrained = (
-            untrained  # heads that had no labels; their scores mean nothing
-        )
+        self.untrained = untrained  # heads that had no labels; their scores mean nothing
 
     @property
     def temperature(self) -> float:
         """T of the overall head."""
         return self.temperatures["overall"]
 
-    def score(
-        self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int
-    ) -> NDArray[np.float32]:
+    def score(self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int) -> NDArray[np.float32]:
         """Scores [n, n_heads] of uint8 images [height, width, 3] for their captions; columns as ``heads``."""
         if not images:
             return np.zeros((0, len(self.heads)), dtype=np.float32)
@@ -62,12 +58,8 @@ class RewardScorer:
         scores = []
         with torch.inference_mode(), autocast(device, self.params.dtype):
             for i in range(0, len(images), batch_size):
-                pixels = backbone.preprocess(list(images[i : i + batch_size])).to(
-                    device
-                )
-                tokens = backbone.tokenize(list(captions[i : i + batch_size])).to(
-                    device
-                )
+                pixels = backbone.preprocess(list(images[i : i + batch_size])).to(device)
+                tokens = backbone.tokenize(list(captions[i : i + batch_size])).to(device)
                 scores.append(self.model(pixels, tokens).cpu().numpy())
         return np.concatenate(scores)
 
@@ -117,38 +109,26 @@ def load_reward(folder: Path, device: torch.device) -> RewardScorer:
         )
         expected_hash, quick_gelu = config["backbone_sha256"], config["quick_gelu"]
     except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(
-            f"{folder / CONFIG}: not the config of a reward model ({error}); train it again"
-        ) from None
+        raise UserError(f"{folder / CONFIG}: not the config of a reward model ({error}); train it again") from None
     state = read_weights(folder / EMA_WEIGHTS)
     model = build_model(params, seed=0, device=device)
-    if (
-        weights_sha256(model.backbone.clip) != expected_hash
-        or model.backbone.quick_gelu != quick_gelu
-    ):
+    if weights_sha256(model.backbone.clip) != expected_hash or model.backbone.quick_gelu != quick_gelu:
         raise UserError(
             f"{folder}: trained on another backbone than {params.backbone} is now (its weights or its activation "
             "differ). Bring that backbone back, or train the reward model again: `dvc repro train_reward`."
         )
-    shapes = {
-        name: parameter.shape for name, parameter in model.trained_parameters().items()
-    }
+    shapes = {name: parameter.shape for name, parameter in model.trained_parameters().items()}
     if {name: tensor.shape for name, tensor in state.items()} != shapes:
-        raise UserError(
-            f"{folder / EMA_WEIGHTS}: its tensors do not fit {CONFIG}; train the reward model again"
-        )
+        raise UserError(f"{folder / EMA_WEIGHTS}: its tensors do not fit {CONFIG}; train the reward model again")
     load_weights(model, state)
     return RewardScorer(model, params, temperatures, untrained)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        weights: dict[str, Tensor] = load_file(path)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; train the reward model or fetch it: `dvc pull {path.parent}`"
-        ) from None
+        raise UserError(f"{path}: no such file; train the reward model or fetch it: `dvc pull {path.parent}`") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); train the reward model again or fetch it again"
-        ) from None
+        raise UserError(f"{path}: damaged ({error}); train the reward model again or fetch it again") from None
+    return weights

@@ -29,9 +29,7 @@ class RatedPairs:
     first: Rows  # [n_pairs] row of `images`
     second: Rows
     caption: Rows  # [n_pairs] row of `captions`
-    shares: (
-        Floats  # [n_pairs, len(HEADS)] share of votes for the first; NaN: not labelled
-    )
+    shares: Floats  # [n_pairs, len(HEADS)] share of votes for the first; NaN: not labelled
     vote: Floats  # [n_pairs] one rater's overall vote for the first: 1, 0 or 0.5
     p_first: Floats  # [n_pairs] true probability that a deciding rater takes the first; NaN: unknown
     prompt_id: NDArray[np.str_]
@@ -54,13 +52,8 @@ def read_ratings(path: Path) -> RatedPairs:
     """Read one split of the ratings. Raises :class:`UserError` if it is damaged, empty or holds impossible labels."""
     table = read_table(path, RATINGS.names)
     if table.num_rows == 0:
-        raise UserError(
-            f"{path}: no rated pairs; lower the shares of the other splits or add ratings"
-        )
-    column = {
-        name: table.column(name).to_pylist()
-        for name in ("jpg_0", "jpg_1", "caption", "prompt_id", "source")
-    }
+        raise UserError(f"{path}: no rated pairs; lower the shares of the other splits or add ratings")
+    column = {name: table.column(name).to_pylist() for name in ("jpg_0", "jpg_1", "caption", "prompt_id", "source")}
     numbers = {
         name: np.array(table.column(name).to_pylist(), dtype=np.float64)
         for name in ("label_0", "p_first", *(f"y_{head}" for head in HEADS))
@@ -68,24 +61,13 @@ def read_ratings(path: Path) -> RatedPairs:
     for name, values in numbers.items():
         wrong = np.flatnonzero((values < 0) | (values > 1))
         if len(wrong):
-            raise UserError(
-                f"{path}: row {wrong[0]}: {name} is {values[wrong[0]]}, expected a share in [0, 1]"
-            )
+            raise UserError(f"{path}: row {wrong[0]}: {name} is {values[wrong[0]]}, expected a share in [0, 1]")
     image_row: dict[bytes, int] = {}
     caption_row: dict[str, int] = {}
     return RatedPairs(
-        first=np.array(
-            [image_row.setdefault(image, len(image_row)) for image in column["jpg_0"]]
-        ),
-        second=np.array(
-            [image_row.setdefault(image, len(image_row)) for image in column["jpg_1"]]
-        ),
-        caption=np.array(
-            [
-                caption_row.setdefault(caption, len(caption_row))
-                for caption in column["caption"]
-            ]
-        ),
+        first=np.array([image_row.setdefault(image, len(image_row)) for image in column["jpg_0"]]),
+        second=np.array([image_row.setdefault(image, len(image_row)) for image in column["jpg_1"]]),
+        caption=np.array([caption_row.setdefault(caption, len(caption_row)) for caption in column["caption"]]),
         images=list(image_row),
         captions=list(caption_row),
         shares=np.stack([numbers[f"y_{head}"] for head in HEADS], axis=1),
@@ -112,11 +94,7 @@ class Stems:
 
     def images(self, rows: Rows) -> Tensor:
         """[len(rows), 1 + n_patches, image_width]."""
-        return (
-            self._image_stems(rows)
-            if self.kept is None
-            else self.kept[torch.from_numpy(rows).to(self.device)]
-        )
+        return self._image_stems(rows) if self.kept is None else self.kept[torch.from_numpy(rows).to(self.device)]
 
     def texts(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Stems [len(rows), length, text_width] and places of the end-of-text tokens [len(rows)]."""
@@ -127,24 +105,12 @@ class Stems:
     def _keep(self) -> Tensor:
         batches = range(0, len(self.pairs.images), STEM_BATCH)
         last = len(self.pairs.images)
-        return torch.cat(
-            [
-                self._image_stems(np.arange(i, min(i + STEM_BATCH, last)))
-                for i in batches
-            ]
-        )
+        return torch.cat([self._image_stems(np.arange(i, min(i + STEM_BATCH, last))) for i in batches])
 
     def _image_stems(self, rows: Rows) -> Tensor:
-        images = [
-            decode_image(
-                self.pairs.images[row], f"{self.pairs.path}: distinct image {row}"
-            )
-            for row in rows
-        ]
+        images = [decode_image(self.pairs.images[row], f"{self.pairs.path}: distinct image {row}") for row in rows]
         with autocast(self.device, self.dtype):
-            return self.backbone.image_stem(
-                self.backbone.preprocess(images).to(self.device)
-            )
+            return self.backbone.image_stem(self.backbone.preprocess(images).to(self.device))
 
 
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:

@@ -22,9 +22,7 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(self.to_out.weight)
             nn.init.zeros_(self.to_out.bias)
 
-    def forward(
-        self, queries: Tensor, context: Tensor, visible: Tensor | None
-    ) -> Tensor:
+    def forward(self, queries: Tensor, context: Tensor, visible: Tensor | None) -> Tensor:
         """``visible``: [batch, m] bool, the context's places that may be attended to; None: all."""
         q = self._split(self.to_q(queries))
         k, v = (self._split(part) for part in self.to_kv(context).chunk(2, dim=-1))
@@ -38,7 +36,7 @@ class CrossAttention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Both sides read each other at once: X = T + CA(T -> V), Y = V + CA(V -> T), pre-norm, starting as the identity."""
+    """Both sides read each other at once: X = T + CA(T -> V), Y = V + CA(V -> T), pre-norm, at first the identity."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -47,13 +45,9 @@ class FusionLayer(nn.Module):
         self.text_reads_image = CrossAttention(dim, zero_output=True)
         self.image_reads_text = CrossAttention(dim, zero_output=True)
 
-    def forward(
-        self, image: Tensor, text: Tensor, visible: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, text: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         v, t = self.norm_image(image), self.norm_text(text)
-        return image + self.image_reads_text(
-            v, t, visible
-        ), text + self.text_reads_image(t, v, None)
+        return image + self.image_reads_text(v, t, visible), text + self.text_reads_image(t, v, None)
 
 
 class QueryPool(nn.Module):
@@ -65,9 +59,7 @@ class QueryPool(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.attention = CrossAttention(dim, zero_output=False)
 
-    def forward(
-        self, tokens: Tensor, visible: Tensor | None, shift: Tensor | None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, visible: Tensor | None, shift: Tensor | None) -> Tensor:
         """``shift``: [batch, dim] added to every query; None: the queries are the same for all rows."""
         queries = self.queries.expand(len(tokens), -1, -1)
         if shift is not None:
@@ -126,6 +118,4 @@ class PooledFeatures(nn.Module):
         t = nn.functional.normalize(text.embedding, dim=-1) * scale
         prompted = self.both(torch.cat([v, t, v * t], dim=-1))
         free = self.image(v)
-        return prompted[:, None].expand(-1, self.n_prompted, -1), free[:, None].expand(
-            -1, self.n_free, -1
-        )
+        return prompted[:, None].expand(-1, self.n_prompted, -1), free[:, None].expand(-1, self.n_free, -1)

@@ -12,17 +12,13 @@ def bradley_terry_loss(difference: Tensor, label: Tensor, gamma: float) -> Tenso
     first. gamma = 0 is the Bradley-Terry likelihood. The weight is the quality focal loss's (Li et al. 2020,
     arXiv 2006.04388, eq. 3), whose minimum is at p = y for soft labels too; the plain focal loss's is not.
     """
-    cross_entropy = -(
-        label * logsigmoid(difference) + (1 - label) * logsigmoid(-difference)
-    )
+    cross_entropy = -(label * logsigmoid(difference) + (1 - label) * logsigmoid(-difference))
     if gamma == 0:
         return cross_entropy
     return (label - difference.sigmoid()).abs() ** gamma * cross_entropy
 
 
-def masked_head_loss(
-    difference: Tensor, label: Tensor, mask: Tensor, gamma: float
-) -> Tensor:
+def masked_head_loss(difference: Tensor, label: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """Sum over heads of the mean loss over the rows that have this head's label.
 
     ``difference``, ``label``: [batch, n_heads]; ``mask``: [batch, n_heads] bool. Labels that are masked may be NaN.

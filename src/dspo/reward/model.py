@@ -37,22 +37,14 @@ class RewardModel(nn.Module):
                 len(free),
             )
         else:
-            self.fusion = PooledFeatures(
-                backbone.embed_dim, params.fusion_dim, len(prompted), len(free)
-            )
-        self.mlps = nn.ModuleDict(
-            {head: _head(params.fusion_dim) for head in self.heads}
-        )
-        self.alpha = nn.ParameterDict(
-            {head: nn.Parameter(torch.ones(())) for head in prompted}
-        )
+            self.fusion = PooledFeatures(backbone.embed_dim, params.fusion_dim, len(prompted), len(free))
+        self.mlps = nn.ModuleDict({head: _head(params.fusion_dim) for head in self.heads})
+        self.alpha = nn.ParameterDict({head: nn.Parameter(torch.ones(())) for head in prompted})
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """Scores [batch, n_heads] of pixels [batch, 3, size, size] for captions' token ids [batch, length]."""
         image = self.backbone.image_top(self.backbone.image_stem(pixels))
-        text = self.backbone.text_top(
-            self.backbone.text_stem(tokens), tokens.argmax(-1)
-        )
+        text = self.backbone.text_top(self.backbone.text_stem(tokens), tokens.argmax(-1))
         return self.score(*self.features(image, text))
 
     def features(self, image: ImageTokens, text: TextTokens) -> tuple[Tensor, Tensor]:
@@ -65,18 +57,12 @@ class RewardModel(nn.Module):
         columns = []
         for i, head in enumerate(self.heads):
             column = self.mlps[head](z[:, i]).squeeze(-1).float()
-            columns.append(
-                column + self.alpha[head] * cosine if head in self.alpha else column
-            )
+            columns.append(column + self.alpha[head] * cosine if head in self.alpha else column)
         return torch.stack(columns, dim=1)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by name; all else is the backbone's own."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-        }
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
 def build_model(params: RewardParams, seed: int, device: torch.device) -> RewardModel:

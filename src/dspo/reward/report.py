@@ -40,31 +40,20 @@ def reward_report(
     overall = difference[:, heads.index("overall")]
     temperature = temperatures["overall"]
     everything = np.ones(len(pairs), dtype=bool)
-    report: dict[str, object] = dict(
-        _overall(pairs, overall, zero_shot, temperature, everything, seed)
-    )
+    report: dict[str, object] = dict(_overall(pairs, overall, zero_shot, temperature, everything, seed))
     report["base"] = _overall(pairs, overall, zero_shot, temperature, pairs.base, seed)
-    report["other"] = _overall(
-        pairs, overall, zero_shot, temperature, ~pairs.base, seed
-    )
+    report["other"] = _overall(pairs, overall, zero_shot, temperature, ~pairs.base, seed)
     report["heads"] = {
-        head: "untrained"
-        if head in untrained
-        else _head(pairs, head, difference[:, i], temperatures[head], seed)
+        head: "untrained" if head in untrained else _head(pairs, head, difference[:, i], temperatures[head], seed)
         for i, head in enumerate(heads)
     }
     return report
 
 
-def fit_temperatures(
-    heads: tuple[str, ...], difference: Floats, pairs: RatedPairs
-) -> dict[str, float]:
+def fit_temperatures(heads: tuple[str, ...], difference: Floats, pairs: RatedPairs) -> dict[str, float]:
     """Each head's temperature from its score differences [n_pairs, n_heads]."""
     shares = pairs.head_shares(heads)
-    return {
-        head: fit_temperature(difference[:, i], shares[:, i])
-        for i, head in enumerate(heads)
-    }
+    return {head: fit_temperature(difference[:, i], shares[:, i]) for i, head in enumerate(heads)}
 
 
 def fit_temperature(difference: Floats, share: Floats) -> float:
@@ -77,7 +66,7 @@ def fit_temperature(difference: Floats, share: Floats) -> float:
     if len(d) == 0 or not d.any():
         return 1.0
     fit = minimize_scalar(
-        lambda log_t: np.mean(_cross_entropy(d / np.exp(log_t), y)),
+        lambda log_t: np.mean(cross_entropy(d / np.exp(log_t), y)),
         bounds=(-7, 7),
         method="bounded",
     )
@@ -85,7 +74,7 @@ def fit_temperature(difference: Floats, share: Floats) -> float:
 
 
 def confusion(difference: Floats, first_won: Selection) -> dict[str, Floats]:
-    """Columns tp, fp, tn, fn ("first won" is positive) for decided pairs; a difference of 0 counts half on each side."""
+    """Columns tp, fp, tn, fn ("first won" is positive) of decided pairs; a difference of 0 counts half on each."""
     first = np.where(difference == 0, 0.5, (difference > 0).astype(np.float64))
     won = first_won.astype(np.float64)
     return {
@@ -99,9 +88,7 @@ def confusion(difference: Floats, first_won: Selection) -> dict[str, Floats]:
 def macro_f1(totals: Totals) -> Floats:
     """Mean of the F1 of "first won" and the F1 of "second won"."""
     wrong = totals["fp"] + totals["fn"]
-    return totals["tp"] / (2 * totals["tp"] + wrong) + totals["tn"] / (
-        2 * totals["tn"] + wrong
-    )
+    return totals["tp"] / (2 * totals["tp"] + wrong) + totals["tn"] / (2 * totals["tn"] + wrong)
 
 
 def accuracy(totals: Totals) -> Floats:
@@ -118,18 +105,11 @@ def macro_f1_difference(
 
     def statistic(totals: Totals) -> Floats:
         sides = [
-            {
-                name[2:]: values
-                for name, values in totals.items()
-                if name.startswith(side)
-            }
-            for side in ("a_", "b_")
+            {name[2:]: values for name, values in totals.items() if name.startswith(side)} for side in ("a_", "b_")
         ]
         return macro_f1(sides[0]) - macro_f1(sides[1])
 
-    point = statistic(
-        {name: values.sum(keepdims=True) for name, values in columns.items()}
-    )
+    point = statistic({name: values.sum(keepdims=True) for name, values in columns.items()})
     low, high = clustered_bootstrap(statistic, columns, prompt_id, RESAMPLES, seed)
     return float(point[0]), low, high
 
@@ -143,12 +123,8 @@ def _overall(
     seed: int,
 ) -> Metrics:
     decided = chosen & (pairs.vote != 0.5)
-    metrics = _classification(
-        difference[decided], pairs.vote[decided] > 0.5, pairs.prompt_id[decided], seed
-    )
-    zero = _classification(
-        zero_shot[decided], pairs.vote[decided] > 0.5, pairs.prompt_id[decided], seed
-    )
+    metrics = _classification(difference[decided], pairs.vote[decided] > 0.5, pairs.prompt_id[decided], seed)
+    zero = _classification(zero_shot[decided], pairs.vote[decided] > 0.5, pairs.prompt_id[decided], seed)
     known = decided & ~np.isnan(pairs.p_first)
     ceiling = None
     if known.any() and known.sum() == decided.sum():
@@ -156,9 +132,7 @@ def _overall(
     score = metrics["macro_f1"]
     return {
         **metrics,
-        **_calibration(
-            difference[chosen], pairs.head_shares(("overall",))[chosen, 0], temperature
-        ),
+        **_calibration(difference[chosen], pairs.head_shares(("overall",))[chosen, 0], temperature),
         "n_ties": int(chosen.sum() - decided.sum()),
         "zero_shot_macro_f1": zero["macro_f1"],
         "zero_shot_pair_accuracy": zero["pair_accuracy"],
@@ -167,27 +141,19 @@ def _overall(
     }
 
 
-def _head(
-    pairs: RatedPairs, head: str, difference: Floats, temperature: float, seed: int
-) -> Metrics:
+def _head(pairs: RatedPairs, head: str, difference: Floats, temperature: float, seed: int) -> Metrics:
     share = pairs.head_shares((head,))[:, 0]
     decided = ~np.isnan(share) & (share != 0.5)
     return {
-        **_classification(
-            difference[decided], share[decided] > 0.5, pairs.prompt_id[decided], seed
-        ),
+        **_classification(difference[decided], share[decided] > 0.5, pairs.prompt_id[decided], seed),
         **_calibration(difference, share, temperature),
     }
 
 
-def _classification(
-    difference: Floats, first_won: Selection, prompt_id: NDArray[np.str_], seed: int
-) -> Metrics:
+def _classification(difference: Floats, first_won: Selection, prompt_id: NDArray[np.str_], seed: int) -> Metrics:
     columns = confusion(difference, first_won)
     f1_low, f1_high = clustered_bootstrap(macro_f1, columns, prompt_id, RESAMPLES, seed)
-    accuracy_low, accuracy_high = clustered_bootstrap(
-        accuracy, columns, prompt_id, RESAMPLES, seed
-    )
+    accuracy_low, accuracy_high = clustered_bootstrap(accuracy, columns, prompt_id, RESAMPLES, seed)
     prevalence = float(first_won.mean()) if len(first_won) else None
     return {
         "macro_f1": _point(macro_f1, difference, first_won),
@@ -200,9 +166,7 @@ def _classification(
         "n_prompts": len(np.unique(prompt_id)),
         "n_equal_scores": int((difference == 0).sum()),
         "prevalence_first": prevalence,
-        "constant_f1": None
-        if prevalence is None
-        else 2 * prevalence / (1 + prevalence),
+        "constant_f1": None if prevalence is None else 2 * prevalence / (1 + prevalence),
     }
 
 
@@ -217,26 +181,19 @@ def _calibration(difference: Floats, share: Floats, temperature: float) -> Metri
     gaps = np.abs(np.bincount(bins, weights=p - y, minlength=ECE_BINS))
     return {
         "temperature": temperature,
-        "nll": float(np.mean(_cross_entropy(d, y))),
+        "nll": float(np.mean(cross_entropy(d, y))),
         "brier": float(np.mean((p - y) ** 2)),
         "ece": float(gaps.sum() / len(d)),
     }
 
 
-def _cross_entropy(logit: Floats, share: Floats) -> Floats:
-    loss: Floats = share * np.logaddexp(0, -logit) + (1 - share) * np.logaddexp(
-        0, logit
-    )
+def cross_entropy(logit: Floats, share: Floats) -> Floats:
+    loss: Floats = share * np.logaddexp(0, -logit) + (1 - share) * np.logaddexp(0, logit)
     return loss
 
 
-def _point(
-    statistic: Callable[[Totals], Floats], difference: Floats, first_won: Selection
-) -> float | None:
-    totals = {
-        name: values.sum(keepdims=True)
-        for name, values in confusion(difference, first_won).items()
-    }
+def _point(statistic: Callable[[Totals], Floats], difference: Floats, first_won: Selection) -> float | None:
+    totals = {name: values.sum(keepdims=True) for name, values in confusion(difference, first_won).items()}
     with np.errstate(invalid="ignore", divide="ignore"):
         return _number(float(statistic(totals)[0]))
 

@@ -93,9 +93,7 @@ def train_reward(
 
         loss = batch_loss(model, train, rows, labels, mix, params.focal_gamma)
         if not torch.isfinite(loss):
-            raise UserError(
-                f"reward: the loss is {loss.item()} at step {step}; lower reward.lr_heads or lr_backbone"
-            )
+            raise UserError(f"reward: the loss is {loss.item()} at step {step}; lower reward.lr_heads or lr_backbone")
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters.values(), params.max_grad_norm)
@@ -116,9 +114,7 @@ def train_reward(
                 "reward %s",
                 " ".join(f"{name} {value:.4g}" for name, value in curve[-1].items()),
             )
-        if checkpoint is not None and (
-            (step + 1) % CHECKPOINT_EVERY_STEPS == 0 or batch == steps_per_epoch - 1
-        ):
+        if checkpoint is not None and ((step + 1) % CHECKPOINT_EVERY_STEPS == 0 or batch == steps_per_epoch - 1):
             state = {
                 "raw": current_weights(model),
                 "ema": ema,
@@ -134,17 +130,11 @@ def train_reward(
     return Trained(ema=ema, raw=raw, curve=curve)
 
 
-def parameter_groups(
-    parameters: dict[str, torch.nn.Parameter], params: RewardParams
-) -> list[dict[str, Any]]:
+def parameter_groups(parameters: dict[str, torch.nn.Parameter], params: RewardParams) -> list[dict[str, Any]]:
     """Backbone and new parts each at its rate; weight decay on matrices only."""
     groups = []
     for is_backbone, lr in ((True, params.lr_backbone), (False, params.lr_heads)):
-        mine = [
-            p
-            for name, p in parameters.items()
-            if name.startswith("backbone.") == is_backbone
-        ]
+        mine = [p for name, p in parameters.items() if name.startswith("backbone.") == is_backbone]
         groups.append(
             {
                 "params": [p for p in mine if p.ndim >= 2],
@@ -152,9 +142,7 @@ def parameter_groups(
                 "weight_decay": params.weight_decay,
             }
         )
-        groups.append(
-            {"params": [p for p in mine if p.ndim < 2], "lr": lr, "weight_decay": 0.0}
-        )
+        groups.append({"params": [p for p in mine if p.ndim < 2], "lr": lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 
@@ -162,14 +150,10 @@ def schedule(step: int, warmup_steps: int, n_steps: int) -> float:
     """Linear warm-up, then half a cosine to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (
-        1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps))
-    )
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
 
 
-def update_ema(
-    ema: State, parameters: dict[str, torch.nn.Parameter], decay: float, step: int
-) -> None:
+def update_ema(ema: State, parameters: dict[str, torch.nn.Parameter], decay: float, step: int) -> None:
     """ema <- d * ema + (1 - d) * parameter, d = min(decay, (1 + step) / (10 + step)); decay 0 copies."""
     d = min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
@@ -190,16 +174,9 @@ def batch_loss(
     mask = ~label.isnan()
     n = len(rows)
     with autocast(stems.device, stems.dtype):
-        image = model.backbone.image_top(
-            stems.images(np.concatenate([pairs.first[rows], pairs.second[rows]]))
-        )
+        image = model.backbone.image_top(stems.images(np.concatenate([pairs.first[rows], pairs.second[rows]])))
         text = model.backbone.text_top(*stems.texts(pairs.caption[rows]))
-        twice = TextTokens(
-            *(
-                torch.cat([part, part])
-                for part in (text.tokens, text.last, text.embedding)
-            )
-        )
+        twice = TextTokens(*(torch.cat([part, part]) for part in (text.tokens, text.last, text.embedding)))
         z, cosine = model.features(image, twice)
         if mix is not None:
             lam, partner = mix[0], torch.from_numpy(mix[1]).to(labels.device)
@@ -215,21 +192,15 @@ def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]
     row = {}
     for name, state in (("raw", current_weights(model)), ("ema", ema)):
         with weights(model, state):
-            difference = score_differences(model, validation)[
-                :, model.heads.index("overall")
-            ]
+            difference = score_differences(model, validation)[:, model.heads.index("overall")]
         share, vote = (
             validation.pairs.head_shares(("overall",))[:, 0],
             validation.pairs.vote,
         )
-        nll = share * np.logaddexp(0, -difference) + (1 - share) * np.logaddexp(
-            0, difference
-        )
+        nll = share * np.logaddexp(0, -difference) + (1 - share) * np.logaddexp(0, difference)
         decided = vote != 0.5
         row[f"validation_nll_{name}"] = float(np.nanmean(nll))
-        row[f"validation_accuracy_{name}"] = float(
-            np.mean((difference > 0)[decided] == (vote > 0.5)[decided])
-        )
+        row[f"validation_accuracy_{name}"] = float(np.mean((difference > 0)[decided] == (vote > 0.5)[decided]))
     return row
 
 
@@ -237,22 +208,14 @@ def score_differences(model: RewardModel, stems: Stems) -> Floats:
     """Score of the first minus score of the second image, [n_pairs, n_heads]; every (image, caption) is scored once."""
     pairs = stems.pairs
     n = len(pairs)
-    wanted = np.stack(
-        [np.tile(pairs.caption, 2), np.concatenate([pairs.first, pairs.second])], axis=1
-    )
+    wanted = np.stack([np.tile(pairs.caption, 2), np.concatenate([pairs.first, pairs.second])], axis=1)
     distinct, place = np.unique(wanted, axis=0, return_inverse=True)
     scores = []
     with torch.inference_mode(), autocast(stems.device, stems.dtype):
         for i in range(0, len(distinct), SCORE_BATCH):
-            captions, row_of = np.unique(
-                distinct[i : i + SCORE_BATCH, 0], return_inverse=True
-            )
-            text = model.backbone.text_top(*stems.texts(captions))[
-                torch.from_numpy(row_of).to(stems.device)
-            ]
-            image = model.backbone.image_top(
-                stems.images(distinct[i : i + SCORE_BATCH, 1])
-            )
+            captions, row_of = np.unique(distinct[i : i + SCORE_BATCH, 0], return_inverse=True)
+            text = model.backbone.text_top(*stems.texts(captions))[torch.from_numpy(row_of).to(stems.device)]
+            image = model.backbone.image_top(stems.images(distinct[i : i + SCORE_BATCH, 1]))
             scores.append(model.score(*model.features(image, text)).cpu().numpy())
     table: Floats = np.concatenate(scores).astype(np.float64)[place.reshape(-1)]
     return table[:n] - table[n:]
@@ -271,10 +234,7 @@ def weights(model: RewardModel, state: State) -> Iterator[None]:
 
 def current_weights(model: RewardModel) -> State:
     """A copy of the trained parameters."""
-    return {
-        name: parameter.detach().clone()
-        for name, parameter in model.trained_parameters().items()
-    }
+    return {name: parameter.detach().clone() for name, parameter in model.trained_parameters().items()}
 
 
 def load_weights(model: RewardModel, state: State) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dspo.data.files import write_json
 from dspo.environment import device
-from dspo.params import RewardParams, load_params
-from dspo.reward.backbone import weights_sha256
+from dspo.params import load_params
+from dspo.reward.backbone import local_files, weights_sha256
 from dspo.reward.checkpoint import save_reward
 from dspo.reward.dataset import Stems, read_ratings
 from dspo.reward.model import build_model
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     params = load_params(paths.params)
     reward = params.active.reward
     splits = {name: read_ratings(paths.ratings / f"{name}.parquet") for name in ("train", "validation", "test")}
-    inputs = [paths.ratings, *backbone_files(reward)]
+    inputs = [paths.ratings, *local_files(reward)]
     scratch = open_scratch("train_reward", {"seed": params.seed, "reward": reward.model_dump(mode="json")}, inputs)
     output = scratch.path / "reward"
 
@@ -40,13 +40,6 @@ def main(argv: list[str]) -> None:
     write_json(report, output / "report.json")
     write_curve(trained.curve, output / "curve.csv")
     scratch.publish({"reward": paths.output})
-
-
-def backbone_files(params: RewardParams) -> list[Path]:
-    """The backbone's weights where they are local files."""
-    places = [params.backbone.removeprefix("local-dir:") if params.backbone.startswith("local-dir:") else None]
-    places.append(params.pretrained)
-    return [Path(place) for place in places if place is not None and Path(place).exists()]
 
 
 def write_curve(curve: list[dict[str, float]], path: Path) -> None:
