@@ -1,0 +1,128 @@
+"""Loading a base model, and its text encoders' view of prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dspo.errors import UserError
+from dspo.params import BaseModelParams
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What SDXL's UNet sees of a prompt, on the pipeline's device and in the text encoders' dtype."""
+
+    embeds: Tensor  # [L, C]: penultimate hidden states of both text encoders, side by side
+    pooled: Tensor  # [P]: the second text encoder's projection
+
+
+def load_pipeline(base: BaseModelParams, device: torch.device) -> StableDiffusionXLPipeline:
+    """Load the base model for sampling and as the frozen part of training: evaluation mode, no gradients.
+
+    ``base.model`` is a folder in diffusers' layout, a single ``.safetensors`` file, or, with a revision, a hub id.
+    Raises :class:`UserError` that names what is missing and the command that gets it.
+    """
+    replaced = {} if base.vae is None else {"vae": _load_vae(base)}
+    return _ready(_load(base, **replaced), device)
+
+
+def load_text_encoders(base: BaseModelParams, device: torch.device) -> StableDiffusionXLPipeline:
+    """As :func:`load_pipeline`, without UNet and VAE: enough for :func:`encode_prompts`, and far less to read."""
+    return _ready(_load(base, unet=None, vae=None), device)
+
+
+def local_files(base: BaseModelParams) -> list[Path]:
+    """The places among ``base``'s that are on this disk; their contents decide what the base model is."""
+    return [Path(place) for place in (base.model, base.vae) if place is not None and Path(place).exists()]
+
+
+def encode_prompts(
+    pipe: StableDiffusionXLPipeline, texts: Sequence[str], batch_size: int = 64
+) -> list[TextEmbedding]:
+    """Encode prompts by the pipeline's own ``encode_prompt``, in the order given."""
+    embeddings: list[TextEmbedding] = []
+    with torch.no_grad():
+        for start in range(0, len(texts), batch_size):
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                list(texts[start : start + batch_size]), do_classifier_free_guidance=False
+            )
+            embeddings += map(TextEmbedding, embeds, pooled)
+    return embeddings
+
+
+def encode_null(pipe: StableDiffusionXLPipeline) -> TextEmbedding:
+    """What guidance sets against the prompt: by the pipeline's ``force_zeros_for_empty_prompt`` zeros, or "" encoded.
+
+    Prompt dropout in training has to use the same, or it would train a condition that sampling never asks for.
+    """
+    with torch.no_grad():
+        _, embeds, _, pooled = pipe.encode_prompt("", do_classifier_free_guidance=True)
+    return TextEmbedding(embeds[0], pooled[0])
+
+
+def _ready(pipe: StableDiffusionXLPipeline, device: torch.device) -> StableDiffusionXLPipeline:
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for module in modules:
+        module.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _load(base: BaseModelParams, **components: Any) -> StableDiffusionXLPipeline:
+    """``components``: parts that are not to be read from the model's files."""
+    path = Path(base.model)
+    dtype = DTYPES[base.dtype]
+    if base.revision is None and not path.exists():
+        raise UserError(
+            f"base.model: {base.model}: no such file or folder. What belongs to this repository comes back with "
+            f"`git checkout -- {base.model}`; a hub model needs base.revision, the commit to use, beside its id."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            pipe = StableDiffusionXLPipeline.from_single_file(base.model, torch_dtype=dtype, revision=base.revision)
+            pipe.register_modules(**components)
+            return pipe
+        return StableDiffusionXLPipeline.from_pretrained(
+            base.model,
+            revision=base.revision,
+            variant=base.variant,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            add_watermarker=False,
+            **components,
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(_cannot_load("base.model", base.model, base.revision, error)) from None
+
+
+def _load_vae(base: BaseModelParams) -> AutoencoderKL:
+    assert base.vae is not None
+    try:
+        return AutoencoderKL.from_pretrained(
+            base.vae, revision=base.vae_revision, torch_dtype=DTYPES[base.dtype], use_safetensors=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(_cannot_load("base.vae", base.vae, base.vae_revision, error)) from None
+
+
+def _cannot_load(key: str, name: str, revision: str | None, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if Path(name).suffix == ".safetensors":
+        remedy = (
+            "The file must be a whole SDXL checkpoint; its configuration comes from the hub, once: "
+            "`hf download stabilityai/stable-diffusion-xl-base-1.0 --include '*.json' '*.txt'`"
+        )
+    elif Path(name).exists():
+        remedy = "The folder must hold a whole SDXL model in diffusers' layout, with .safetensors weights."
+    else:
+        commit = f" --revision {revision}" if revision else ""
+        remedy = f"Fetch it once, with a network: `hf download {name}{commit}`"
+    return f"{key}: {name}: cannot be loaded ({reason}). {remedy}"

@@ -1,0 +1,132 @@
+"""Sampling images from prompts, so that an image depends on its own keys and not on what else is sampled."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+)
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dspo.data.images import Pixels
+from dspo.data.keys import keyed_seed
+from dspo.data.prompts import Prompt
+from dspo.diffusion.base import TextEmbedding, encode_null, encode_prompts
+from dspo.params import Scheduler, SamplerParams
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    prompt: Prompt
+    sample_index: int  # names the image among the prompt's images
+    noise_index: int  # equal prompt and noise index: equal initial noise
+
+
+@dataclass(frozen=True)
+class Sample:
+    request: SampleRequest
+    sampler: SamplerParams
+    image: Pixels  # [height, width, 3]
+    latent: NDArray[np.float16]  # [4, height / 8, width / 8]: the sampler's last latent, in the UNet's scaled space
+
+
+def sample(
+    pipe: StableDiffusionXLPipeline,
+    requests: Sequence[SampleRequest],
+    sampler: SamplerParams,
+    resolution: int,
+    seed: int,
+    batch_size: int,
+) -> Iterator[Sample]:
+    """Yield one image per request, in order; the same as ``pipe(prompt, latents=noise, ...)`` gives, to the bit.
+
+    Initial noise depends on ``seed``, the prompt's id and ``noise_index`` alone. The last bits of an image may depend
+    on the shape of its batch, so equal bytes need equal batches: ``batch_size`` requests in the order given.
+    """
+    pipe = with_scheduler(pipe, sampler.scheduler)
+    texts = list(dict.fromkeys(request.prompt.text for request in requests))
+    embeddings = dict(zip(texts, encode_prompts(pipe, texts), strict=True))
+    null = encode_null(pipe)
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        conditions = [embeddings[request.prompt.text] for request in batch]
+        images, latents = _sample_batch(pipe, batch, conditions, null, sampler, resolution, seed)
+        for request, image, latent in zip(batch, images, latents, strict=True):
+            yield Sample(request, sampler, image, latent)
+
+
+def with_scheduler(pipe: StableDiffusionXLPipeline, name: Scheduler) -> StableDiffusionXLPipeline:
+    """The same pipeline (its parts are shared) with another scheduler, built from its own scheduler's config.
+
+    Noise schedule, prediction type and timestep spacing stay the base model's.
+    """
+    result = copy.copy(pipe)
+    result.scheduler = _build_scheduler(name, pipe.scheduler.config)
+    return result
+
+
+def _build_scheduler(name: Scheduler, config: Any) -> SchedulerMixin:
+    match name:
+        case "ddim":
+            # The class clips to [-1, 1] unless told otherwise; latents are not confined to that.
+            return DDIMScheduler.from_config(config, clip_sample=False)
+        case "dpmpp_2m":
+            return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", solver_order=2)
+        case "euler":
+            return EulerDiscreteScheduler.from_config(config)
+
+
+def initial_noise(requests: Sequence[SampleRequest], seed: int, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise [n, *shape], float32 on the CPU; the pipeline scales it to the scheduler's first sigma."""
+    noise = []
+    for request in requests:
+        key = keyed_seed(seed, "noise", request.prompt.id, request.noise_index)
+        noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(key)))
+    return torch.stack(noise)
+
+
+def _sample_batch(
+    pipe: StableDiffusionXLPipeline,
+    requests: Sequence[SampleRequest],
+    conditions: list[TextEmbedding],
+    null: TextEmbedding,
+    sampler: SamplerParams,
+    resolution: int,
+    seed: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Images [n, height, width, 3] and last latents [n, 4, h, w]."""
+    n = len(requests)
+    side = resolution // pipe.vae_scale_factor
+    noise = initial_noise(requests, seed, (pipe.unet.config.in_channels, side, side))
+    last: list[Tensor] = []
+
+    def keep_last(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        last[:] = [tensors["latents"]]
+        return {}
+
+    with torch.inference_mode():
+        images = pipe(
+            prompt_embeds=torch.stack([condition.embeds for condition in conditions]),
+            pooled_prompt_embeds=torch.stack([condition.pooled for condition in conditions]),
+            negative_prompt_embeds=null.embeds.expand(n, -1, -1),
+            negative_pooled_prompt_embeds=null.pooled.expand(n, -1),
+            latents=noise.to(pipe.unet.dtype),
+            height=resolution,
+            width=resolution,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance_scale,
+            output_type="np",
+            callback_on_step_end=keep_last,
+        ).images
+    # As diffusers' own conversion to PIL rounds.
+    pixels = (images * 255).round().astype(np.uint8)
+    return pixels, last[0].to("cpu", torch.float16).numpy()

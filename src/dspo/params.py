@@ -1,0 +1,214 @@
+"""The typed parameters: the only place that knows the keys of ``params.yaml``.
+
+``load_params(path)`` validates the whole file before any work. An unknown key, a wrong type or an impossible
+combination raises :class:`UserError` that names the key. Types are strict: ``"1"`` is not ``1``.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dspo.errors import UserError
+
+Head = Literal["overall", "alignment", "aesthetics", "fidelity", "detail"]
+Scheduler = Literal["ddim", "dpmpp_2m", "euler"]
+Dtype = Literal["float32", "bfloat16"]
+LossName = Literal["dspo", "dspo_official_sd15", "dspo_official_sdxl", "dpo", "ipo", "capo", "mapo", "sft"]
+SamplerKey = Literal["guidance_scale", "steps", "scheduler"]
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class BaseModelParams(Section):
+    """The base model that is tuned."""
+
+    model: str  # hub id, local folder in diffusers' layout, or a single .safetensors file
+    revision: str | None  # pinned commit of the hub repository; null for local files
+    variant: str | None  # "fp16" reads the hub's half-precision files
+    vae: str | None  # another VAE than the model's own (SDXL's overflows in fp16): hub id or local folder
+    vae_revision: str | None  # pinned commit of that VAE's repository; null for local files
+    dtype: Dtype  # of the frozen weights; adapters are always float32
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)]  # height and width of generated images, pixels
+
+
+class PromptParams(Section):
+    """How `prepare_prompts` splits the list; each prompt's split depends on its text alone."""
+
+    validation_share: Share
+    test_share: Share
+    max_characters: Count  # longer prompts are an error, not cut
+
+    @model_validator(mode="after")
+    def _leave_some_for_training(self) -> "PromptParams":
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share + test_share must stay below 1")
+        return self
+
+
+class RatingParams(Section):
+    """Where the ratings that train the reward model come from."""
+
+    layout: Literal["shapes", "pickapic"]  # shapes: simulated raters look at rated images; pickapic: label columns
+    votes: Count  # simulated raters per pair and head
+    temperature: Positive  # of the simulated raters, in units of the gold score (METHOD: Bayes macro-F1 0.90)
+    tie_rate: Share  # share of ties at equal quality (Davidson's nu follows from it)
+    side_bias: Annotated[float, Field(gt=0, lt=1)]  # share of the first side at equal quality
+    wrong_taste: NonNegative  # c: how much raters like saturation and large objects, over-optimisation study
+    validation_share: Share
+    test_share: Share
+
+
+class RewardParams(Section):
+    """The five-head reward model and its training."""
+
+    backbone: str  # open_clip model name, or local-dir:FOLDER in open_clip's layout
+    pretrained: str | None  # open_clip tag or local file; null with local-dir
+    image_size: Count  # pixels
+    unlocked_image_blocks: int = Field(ge=0)  # trainable transformer blocks at the image tower's end
+    unlocked_text_blocks: int = Field(ge=0)
+    fusion: bool  # cross-attention of patch and text tokens; false: the pooled features alone
+    fusion_dim: Count
+    fusion_layers: Count
+    heads: Annotated[list[Head], Field(min_length=1)]
+    focal_gamma: NonNegative  # 0: plain cross-entropy
+    mixup_alpha: NonNegative  # Beta(a, a) of feature MixUp; 0: off
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]  # 0: off
+    lr_backbone: Positive
+    lr_heads: Positive
+    weight_decay: NonNegative
+    batch_size: Count  # pairs
+    epochs: Count
+    warmup_steps: int = Field(ge=0)
+    max_grad_norm: Positive
+    dtype: Dtype  # of autocast
+
+    @model_validator(mode="after")
+    def _heads_once_and_overall(self) -> "RewardParams":
+        if "overall" not in self.heads or len(set(self.heads)) < len(self.heads):
+            raise ValueError("heads must hold overall, and each head once")
+        return self
+
+
+class SamplerParams(Section):
+    """One sampler setting."""
+
+    scheduler: Scheduler
+    steps: Count
+    guidance_scale: NonNegative
+
+
+class GenerateParams(Section):
+    """The candidates that pairs are made of."""
+
+    num_prompts: Count  # train prompts used, in order of their id
+    samplers: Annotated[list[SamplerParams], Field(min_length=1)]
+    candidates_per_sampler: Annotated[int, Field(ge=2)]  # images per prompt and sampler; a pair needs two
+    batch_size: Count  # images
+    shard_size: Count  # images per parquet shard
+
+
+class ScoreParams(Section):
+    """How scored candidates become pairs."""
+
+    select: Literal["overall", "pareto"]  # pareto: the winner is no worse on every head
+    match: list[SamplerKey]  # sampler keys that winner and loser share
+    margin: NonNegative  # least difference of the overall reward
+    max_pairs_per_prompt: Count
+    validation_share: Share  # of the prompts, held out from training
+    batch_size: Count
+
+
+class TrainParams(Section):
+    """Preference training of the DoRA adapter."""
+
+    loss: LossName
+    beta: NonNegative  # temperature of the implicit reward
+    lam: Annotated[float, Field(ge=0, lt=1)]  # strength of DSPO's score term; 1 has no fixed point
+    timestep_weight_bias: float  # b in omega(t) = sigmoid(b - logSNR(t)); official presets use omega = 1
+    mapo_scale: Positive  # T_m of MaPO
+    random_labels: bool  # control: winner and loser by a coin
+    rank: Count
+    alpha: Count
+    dropout: Share
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    lr: Positive
+    weight_decay: NonNegative
+    warmup_steps: int = Field(ge=0)
+    max_grad_norm: Positive
+    epochs: Count
+    batch_size: Count  # pairs per micro-batch
+    gradient_accumulation_steps: Count
+    gradient_checkpointing: bool
+    prompt_dropout: Share  # per pair
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None  # of the adapter; null: off
+    checkpoint_every_steps: Count
+    validation_prompts: Count  # prompts of the reward check after each epoch
+
+
+class EvaluateParams(Section):
+    """Base against tuned, from the same noise."""
+
+    sampler: SamplerParams  # the base's own best setting by the judge, chosen on validation prompts
+    default_sampler: SamplerParams  # what a user would take; "best against default" stands in the report
+    num_prompts: Count
+    seeds_per_prompt: Count
+    diversity_prompts: Count
+    diversity_seeds: Annotated[int, Field(ge=2)]
+    judges: list[Literal["gold", "second"]]  # beside the training reward
+    tie_band: NonNegative  # tau: |difference of the gold score| up to it is a tie
+    bootstrap_resamples: Count
+    batch_size: Count
+
+
+class World(Section):
+    """Everything that differs between the two worlds."""
+
+    base: BaseModelParams
+    prompts: PromptParams
+    ratings: RatingParams
+    reward: RewardParams
+    generate: GenerateParams
+    score: ScoreParams
+    train: TrainParams
+    evaluate: EvaluateParams
+
+
+class Params(Section):
+    world: str
+    seed: int = Field(ge=0)
+    worlds: dict[str, World]
+
+    @model_validator(mode="after")
+    def _world_exists(self) -> "Params":
+        if self.world not in self.worlds:
+            raise ValueError(f"world: {self.world!r} is none of {sorted(self.worlds)}")
+        return self
+
+    @property
+    def active(self) -> World:
+        """The parameters of the world that is switched on."""
+        return self.worlds[self.world]
+
+
+def load_params(path: Path) -> Params:
+    """Read and validate a params file. Raises :class:`UserError` that names file and key."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(str(part) for part in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
+        raise UserError("\n".join(lines)) from None
