@@ -1,0 +1,206 @@
+"""What is on a picture of `shapes`, measured from pixels: ground, objects, outlines, patterns.
+
+Nothing here knows the prompt, and nothing is trained: the ground is what the border shows, objects are connected
+regions that differ from it, and each object is compared with rendered outlines and patterns.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from dspo.shapes.grammar import PATTERNS, SHAPES
+from dspo.shapes.render import SHADE, SIDE, coverage, shading, signed_distance
+
+Array = NDArray[np.float64]
+
+_LMS = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+_Y, _X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
+
+DIFFERENT = 0.055  # OKLab distance from the ground at which a pixel counts as something else
+LEAST_AREA = 40  # pixels; smaller regions are specks, no objects (the smallest object has 130)
+_SHIFTS = np.array([-1.0, 0.0, 1.0])
+_SCALES = np.array([0.95, 1.0, 1.06])
+_CANDIDATES = np.array(list(product(_SHIFTS, _SHIFTS, _SCALES)))[:, :, None, None]
+
+
+def oklab(rgb: Array) -> Array:
+    """sRGB in [0, 1] to OKLab, [..., 3]; distances there are about perceived differences (B. Ottosson, 2020)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((np.maximum(rgb, 0) + 0.055) / 1.055) ** 2.4)
+    return np.asarray(np.cbrt(linear @ _LMS.T) @ _LAB.T)
+
+
+@dataclass(frozen=True)
+class SeenObject:
+    """One object as it is on the picture."""
+
+    x: float  # centre of the best-fitting outline, pixels
+    y: float
+    radius: float  # of the circle of equal area, pixels
+    overlap: dict[str, float]  # shape -> soft intersection over union with the best-fitting outline of that shape
+    colour: Array  # OKLab of the lighter part of the interior
+    rgb: Array  # the same in sRGB
+    pattern: dict[str, float]  # pattern -> likeness in [0, 1]
+    unevenness: float  # OKLab deviation of the interior from the best pattern
+    outline: Array  # coverage of the best-fitting outline, [SIDE, SIDE]
+    edge_width: float  # width of the edge as a multiple of the renderer's
+
+    @property
+    def shape(self) -> str:
+        return max(self.overlap, key=lambda s: self.overlap[s])
+
+
+@dataclass(frozen=True)
+class Analysis:
+    ground: Array  # OKLab
+    ground_rgb: Array
+    ground_noise: float  # OKLab deviation of the ground
+    halo: float  # OKLab deviation of the ground next to the objects
+    unexplained: float  # share of pixels that neither ground nor objects explain
+    objects: tuple[SeenObject, ...]  # largest first
+
+
+def analyse(image: NDArray[np.uint8]) -> Analysis:
+    """Measure a picture, uint8 [64, 64, 3]."""
+    rgb = image.astype(np.float64) / 255
+    lab = oklab(rgb)
+    border = np.concatenate([lab[:2].reshape(-1, 3), lab[-2:].reshape(-1, 3), lab[2:-2, [0, 1, -2, -1]].reshape(-1, 3)])
+    ground = np.median(border, axis=0)
+    ground_rgb = np.median(rgb[np.linalg.norm(lab - ground, axis=-1) < DIFFERENT].reshape(-1, 3), axis=0)
+    difference = np.linalg.norm(lab - ground, axis=-1)
+    regions, number = ndimage.label(ndimage.binary_opening(difference > DIFFERENT))
+    areas = ndimage.sum_labels(np.ones_like(difference), regions, np.arange(1, number + 1))
+    order = [int(i) + 1 for i in np.argsort(-areas, kind="stable") if areas[i] >= LEAST_AREA][:4]
+    objects = tuple(_see(lab, rgb, difference, regions == i, ground) for i in order)
+    covered = np.max([o.outline for o in objects], axis=0) if objects else np.zeros((SIDE, SIDE))
+    distance = ndimage.distance_transform_edt(covered < 0.02)
+    plain, near = distance > 3.0, (distance > 0.5) & (distance <= 3.0)
+    return Analysis(
+        ground=ground,
+        ground_rgb=ground_rgb,
+        ground_noise=float(np.sqrt(np.mean(difference[plain] ** 2))) if plain.any() else 1.0,
+        halo=float(np.sqrt(np.mean(difference[near] ** 2))) if near.any() else 0.0,
+        unexplained=float(np.mean((difference > DIFFERENT) & (distance > 1.0))),
+        objects=objects,
+    )
+
+
+def _see(lab: Array, rgb: Array, difference: Array, region: NDArray[np.bool_], ground: Array) -> SeenObject:
+    cover = _soft_mask(difference, region)
+    area = cover.sum()
+    x, y = float((cover * _X).sum() / area), float((cover * _Y).sum() / area)
+    radius = float(np.sqrt(area / np.pi))
+    overlap, fits = {}, {}
+    for shape in SHAPES:
+        overlap[shape], fits[shape] = _fit(shape, cover, x, y, radius)
+    best = max(SHAPES, key=lambda s: overlap[s])
+    fx, fy, fr = fits[best]
+    outline = coverage(best, fx, fy, fr)
+    inside = signed_distance(best, _X - fx, _Y - fy, fr) < -1.0
+    if inside.sum() < 12:
+        inside = region
+    pattern, light, unevenness = _read_pattern(lab, rgb, inside, fx, fy)
+    colour = oklab(light)
+    return SeenObject(
+        x=fx,
+        y=fy,
+        radius=fr,
+        overlap=overlap,
+        colour=colour,
+        rgb=light,
+        pattern=pattern,
+        unevenness=unevenness,
+        outline=outline,
+        edge_width=_edge_width(difference, best, fx, fy, fr, float(np.linalg.norm(colour - ground))),
+    )
+
+
+def _soft_mask(difference: Array, region: NDArray[np.bool_]) -> Array:
+    """Coverage of each pixel by the region: 1 inside, the difference's share of the interior's at the rim."""
+    core = ndimage.binary_erosion(region)
+    reference = np.median(difference[core]) if core.any() else np.median(difference[region])
+    rim = ndimage.binary_dilation(region) & ~core
+    mask = np.where(core, 1.0, 0.0)
+    mask[rim] = np.clip(difference[rim] / reference, 0.0, 1.0)
+    return mask
+
+
+def _fit(shape: str, cover: Array, x: float, y: float, radius: float) -> tuple[float, tuple[float, float, float]]:
+    """Best overlap of an outline with the mask over small shifts and scales, two rounds; (overlap, (x, y, radius))."""
+    best, place = -1.0, (x, y, radius)
+    for step in (1.0, 0.4):
+        cx = place[0] + step * _CANDIDATES[:, 0]
+        cy = place[1] + step * _CANDIDATES[:, 1]
+        cr = place[2] * (1 + step * (_CANDIDATES[:, 2] - 1))
+        drawn = np.clip(0.5 - signed_distance(shape, _X - cx, _Y - cy, cr), 0.0, 1.0)
+        overlap = np.minimum(drawn, cover).sum((1, 2)) / np.maximum(drawn, cover).sum((1, 2))
+        i = int(np.argmax(overlap))
+        if overlap[i] > best:
+            best, place = float(overlap[i]), (float(cx[i, 0, 0]), float(cy[i, 0, 0]), float(cr[i, 0, 0]))
+    return best, place
+
+
+def _read_pattern(
+    lab: Array, rgb: Array, inside: NDArray[np.bool_], x: float, y: float
+) -> tuple[dict[str, float], Array, float]:
+    """Likeness of the interior to each pattern, its lighter colour in sRGB, and what the best pattern leaves over.
+
+    The brightness is regressed on each rendered pattern, shifted by up to a pixel; likeness is the share of
+    variance that it explains, times how near its depth comes to the renderer's.
+    """
+    brightness = rgb[inside].max(axis=-1)
+    spread = float(brightness.std())
+    likeness: dict[str, float] = {}
+    fits: dict[str, tuple[float, Array]] = {"solid": (spread, rgb[inside].mean(axis=0))}
+    for pattern in PATTERNS[1:]:
+        explained, depth, left, light = max(
+            (_regress(rgb[inside], brightness, shading(pattern, x, y + dy)[inside]) for dy in (-1.0, -0.5, 0.0, 0.5, 1.0)),
+            key=lambda fit: fit[0],
+        )
+        right_depth = np.exp(-0.5 * (np.log(max(depth, 1e-3) / (1 - SHADE)) / 0.45) ** 2)
+        likeness[pattern] = float(max(explained, 0.0) * right_depth)
+        fits[pattern] = (left, light)
+    likeness["solid"] = float(np.exp(-0.5 * (spread / (0.06 * max(brightness.mean(), 0.1))) ** 2))
+    best = max(likeness, key=lambda p: likeness[p])
+    if likeness[best] < 0.25:
+        best = "solid"
+    return likeness, fits[best][1], float(fits[best][0])
+
+
+def _regress(rgb: Array, brightness: Array, shade: Array) -> tuple[float, float, float, Array]:
+    """Explained share, relative depth, what is left over (standard deviation), and the colour where shade is 0."""
+    centred = shade - shade.mean()
+    variance = float((centred**2).sum())
+    if variance < 1e-6:
+        return 0.0, 0.0, float(brightness.std()), np.asarray(rgb.mean(axis=0))
+    slope = float((centred * brightness).sum() / variance)
+    light = np.asarray(rgb.mean(axis=0) - (centred[:, None] * rgb).sum(axis=0) / variance * shade.mean())
+    left = brightness - brightness.mean() - slope * centred
+    total = float(((brightness - brightness.mean()) ** 2).sum())
+    explained = 1 - float((left**2).sum()) / total if total > 1e-9 else 0.0
+    explained = explained if slope < 0 else 0.0
+    return explained, -slope / max(float(light.max()), 0.1), float(left.std()), np.clip(light, 0.0, 1.0)
+
+
+def _edge_width(difference: Array, shape: str, x: float, y: float, radius: float, contrast: float) -> float:
+    """Sum of c(1-c) over the rim, c the contrast's share, against the same sum for the rendered outline."""
+    distance = signed_distance(shape, _X - x, _Y - y, radius)
+    rim = np.abs(distance) < 3.0
+    share = np.clip(difference[rim] / max(contrast, 1e-3), 0.0, 1.0)
+    drawn = np.clip(0.5 - distance[rim], 0.0, 1.0)
+    return float(((share * (1 - share)).sum() + 1.0) / ((drawn * (1 - drawn)).sum() + 1.0))
