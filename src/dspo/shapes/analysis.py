@@ -34,15 +34,19 @@ _Y, _X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
 
 DIFFERENT = 0.055  # OKLab distance from the ground at which a pixel counts as something else
 LEAST_AREA = 40  # pixels; smaller regions are specks, no objects (the smallest object has 130)
-_SHIFTS = np.array([-1.0, 0.0, 1.0])
-_SCALES = np.array([0.95, 1.0, 1.06])
-_CANDIDATES = np.array(list(product(_SHIFTS, _SHIFTS, _SCALES)))[:, :, None, None]
+_SHIFTS = np.array([(dx, dy, 0.0) for dx, dy in product((-1.0, 0.0, 1.0), repeat=2)])
+_SCALES = np.array([(0.0, 0.0, scale) for scale in (-0.05, 0.0, 0.05)])
 
 
 def oklab(rgb: Array) -> Array:
     """sRGB in [0, 1] to OKLab, [..., 3]; distances there are about perceived differences (B. Ottosson, 2020)."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((np.maximum(rgb, 0) + 0.055) / 1.055) ** 2.4)
     return np.asarray(np.cbrt(linear @ _LMS.T) @ _LAB.T)
+
+
+def bell(value: float, width: float) -> float:
+    """exp(-value^2 / 2 width^2)"""
+    return float(np.exp(-0.5 * (value / width) ** 2))
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def analyse(image: NDArray[np.uint8]) -> Analysis:
     regions, number = ndimage.label(ndimage.binary_opening(difference > DIFFERENT))
     areas = ndimage.sum_labels(np.ones_like(difference), regions, np.arange(1, number + 1))
     order = [int(i) + 1 for i in np.argsort(-areas, kind="stable") if areas[i] >= LEAST_AREA][:4]
-    objects = tuple(_see(lab, rgb, difference, regions == i, ground) for i in order)
+    objects = tuple(_see(rgb, difference, regions == i, ground, ground_rgb) for i in order)
     covered = np.max([o.outline for o in objects], axis=0) if objects else np.zeros((SIDE, SIDE))
     distance = ndimage.distance_transform_edt(covered < 0.02)
     plain, near = distance > 3.0, (distance > 0.5) & (distance <= 3.0)
@@ -100,7 +104,9 @@ def analyse(image: NDArray[np.uint8]) -> Analysis:
     )
 
 
-def _see(lab: Array, rgb: Array, difference: Array, region: NDArray[np.bool_], ground: Array) -> SeenObject:
+def _see(
+    rgb: Array, difference: Array, region: NDArray[np.bool_], ground: Array, ground_rgb: Array
+) -> SeenObject:
     cover = _soft_mask(difference, region)
     area = cover.sum()
     x, y = float((cover * _X).sum() / area), float((cover * _Y).sum() / area)
@@ -111,11 +117,14 @@ def _see(lab: Array, rgb: Array, difference: Array, region: NDArray[np.bool_], g
     best = max(SHAPES, key=lambda s: overlap[s])
     fx, fy, fr = fits[best]
     outline = coverage(best, fx, fy, fr)
-    inside = signed_distance(best, _X - fx, _Y - fy, fr) < -1.0
+    distance = signed_distance(best, _X - fx, _Y - fy, fr)
+    inside = distance < -1.0
     if inside.sum() < 12:
         inside = region
-    pattern, light, unevenness = _read_pattern(lab, rgb, inside, fx, fy)
+    pattern, light, unevenness, shade = _read_pattern(rgb, inside, fx, fy)
     colour = oklab(light)
+    drawn = light * (1 - (1 - SHADE) * shade[..., None]) * outline[..., None] + ground_rgb * (1 - outline[..., None])
+    ideal = np.linalg.norm(oklab(drawn) - ground, axis=-1)
     return SeenObject(
         x=fx,
         y=fy,
@@ -126,60 +135,72 @@ def _see(lab: Array, rgb: Array, difference: Array, region: NDArray[np.bool_], g
         pattern=pattern,
         unevenness=unevenness,
         outline=outline,
-        edge_width=_edge_width(difference, best, fx, fy, fr, float(np.linalg.norm(colour - ground))),
+        edge_width=_edge_width(difference, ideal, distance, float(np.linalg.norm(colour - ground))),
     )
 
 
 def _soft_mask(difference: Array, region: NDArray[np.bool_]) -> Array:
-    """Coverage of each pixel by the region: 1 inside, the difference's share of the interior's at the rim."""
+    """Coverage of each pixel by the region: 1 inside; at the rim the difference as a share of the nearest inner pixel's."""
     core = ndimage.binary_erosion(region)
-    reference = np.median(difference[core]) if core.any() else np.median(difference[region])
+    if not core.any():
+        return region.astype(np.float64)
+    nearest = ndimage.distance_transform_edt(~core, return_distances=False, return_indices=True)
     rim = ndimage.binary_dilation(region) & ~core
-    mask = np.where(core, 1.0, 0.0)
-    mask[rim] = np.clip(difference[rim] / reference, 0.0, 1.0)
-    return mask
+    share = np.clip(difference / np.maximum(difference[tuple(nearest)], 1e-3), 0.0, 1.0)
+    return np.where(core, 1.0, np.where(rim, share, 0.0))
 
 
 def _fit(shape: str, cover: Array, x: float, y: float, radius: float) -> tuple[float, tuple[float, float, float]]:
-    """Best overlap of an outline with the mask over small shifts and scales, two rounds; (overlap, (x, y, radius))."""
+    """Best overlap of an outline with the mask, by shifts and then scales, coarse and then fine.
+
+    Returns the soft intersection over union and the outline's (x, y, radius). Only the window that the outline can
+    reach is drawn.
+    """
+    reach = 1.6 * radius + 4
+    rows = slice(max(0, int(y - reach)), int(y + reach) + 1)
+    columns = slice(max(0, int(x - reach)), int(x + reach) + 1)
+    window = cover[rows, columns].astype(np.float32)
+    pixel_x, pixel_y = _X[rows, columns].astype(np.float32), _Y[rows, columns].astype(np.float32)
+    beyond = float(cover.sum()) - float(window.sum())
     best, place = -1.0, (x, y, radius)
     for step in (1.0, 0.4):
-        cx = place[0] + step * _CANDIDATES[:, 0]
-        cy = place[1] + step * _CANDIDATES[:, 1]
-        cr = place[2] * (1 + step * (_CANDIDATES[:, 2] - 1))
-        drawn = np.clip(0.5 - signed_distance(shape, _X - cx, _Y - cy, cr), 0.0, 1.0)
-        overlap = np.minimum(drawn, cover).sum((1, 2)) / np.maximum(drawn, cover).sum((1, 2))
-        i = int(np.argmax(overlap))
-        if overlap[i] > best:
-            best, place = float(overlap[i]), (float(cx[i, 0, 0]), float(cy[i, 0, 0]), float(cr[i, 0, 0]))
+        for moves in (_SHIFTS, _SCALES):
+            tried = np.array(place) + step * moves * np.array([1.0, 1.0, place[2]])
+            cx, cy, cr = tried.T.astype(np.float32)[:, :, None, None]
+            drawn = np.clip(0.5 - signed_distance(shape, pixel_x - cx, pixel_y - cy, cr), 0.0, 1.0)
+            common = np.minimum(drawn, window).sum((1, 2))
+            overlap = common / (drawn.sum((1, 2)) + window.sum() + beyond - common)
+            i = int(np.argmax(overlap))
+            if overlap[i] > best:
+                best, place = float(overlap[i]), (float(tried[i, 0]), float(tried[i, 1]), float(tried[i, 2]))
     return best, place
 
 
 def _read_pattern(
-    lab: Array, rgb: Array, inside: NDArray[np.bool_], x: float, y: float
-) -> tuple[dict[str, float], Array, float]:
-    """Likeness of the interior to each pattern, its lighter colour in sRGB, and what the best pattern leaves over.
+    rgb: Array, inside: NDArray[np.bool_], x: float, y: float
+) -> tuple[dict[str, float], Array, float, Array]:
+    """Likeness of the interior to each pattern; its lighter colour, what the best pattern leaves over, and its shading.
 
     The brightness is regressed on each rendered pattern, shifted by up to a pixel; likeness is the share of
     variance that it explains, times how near its depth comes to the renderer's.
     """
-    brightness = rgb[inside].max(axis=-1)
+    pixels = rgb[inside]
+    brightness = pixels.max(axis=-1)
     spread = float(brightness.std())
-    likeness: dict[str, float] = {}
-    fits: dict[str, tuple[float, Array]] = {"solid": (spread, rgb[inside].mean(axis=0))}
+    likeness = {"solid": float(np.exp(-0.5 * (spread / (0.06 * max(float(brightness.mean()), 0.1))) ** 2))}
+    fits = {"solid": (pixels.mean(axis=0), spread, np.zeros((SIDE, SIDE)))}
     for pattern in PATTERNS[1:]:
-        explained, depth, left, light = max(
-            (_regress(rgb[inside], brightness, shading(pattern, x, y + dy)[inside]) for dy in (-1.0, -0.5, 0.0, 0.5, 1.0)),
-            key=lambda fit: fit[0],
-        )
-        right_depth = np.exp(-0.5 * (np.log(max(depth, 1e-3) / (1 - SHADE)) / 0.45) ** 2)
-        likeness[pattern] = float(max(explained, 0.0) * right_depth)
-        fits[pattern] = (left, light)
-    likeness["solid"] = float(np.exp(-0.5 * (spread / (0.06 * max(brightness.mean(), 0.1))) ** 2))
+        shades = [shading(pattern, x, y + dy) for dy in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+        tries = [_regress(pixels, brightness, shade[inside]) for shade in shades]
+        i = int(np.argmax([explained for explained, _, _, _ in tries]))
+        explained, depth, left, light = tries[i]
+        likeness[pattern] = max(explained, 0.0) * bell(np.log(max(depth, 1e-3) / (1 - SHADE)), 0.45)
+        fits[pattern] = (light, left, shades[i])
     best = max(likeness, key=lambda p: likeness[p])
     if likeness[best] < 0.25:
         best = "solid"
-    return likeness, fits[best][1], float(fits[best][0])
+    light, left, shade = fits[best]
+    return likeness, light, left, shade
 
 
 def _regress(rgb: Array, brightness: Array, shade: Array) -> tuple[float, float, float, Array]:
@@ -197,10 +218,12 @@ def _regress(rgb: Array, brightness: Array, shade: Array) -> tuple[float, float,
     return explained, -slope / max(float(light.max()), 0.1), float(left.std()), np.clip(light, 0.0, 1.0)
 
 
-def _edge_width(difference: Array, shape: str, x: float, y: float, radius: float, contrast: float) -> float:
-    """Sum of c(1-c) over the rim, c the contrast's share, against the same sum for the rendered outline."""
-    distance = signed_distance(shape, _X - x, _Y - y, radius)
+def _edge_width(difference: Array, ideal: Array, distance: Array, contrast: float) -> float:
+    """Sum of c(1-c) over the rim, c the difference from the ground as a share of the object's, against the ideal's."""
     rim = np.abs(distance) < 3.0
-    share = np.clip(difference[rim] / max(contrast, 1e-3), 0.0, 1.0)
-    drawn = np.clip(0.5 - distance[rim], 0.0, 1.0)
-    return float(((share * (1 - share)).sum() + 1.0) / ((drawn * (1 - drawn)).sum() + 1.0))
+
+    def softness(shown: Array) -> float:
+        share = np.clip(shown[rim] / max(contrast, 1e-3), 0.0, 1.0)
+        return float((share * (1 - share)).sum()) + 1.0
+
+    return softness(difference) / softness(ideal)

@@ -16,7 +16,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from dspo.shapes.analysis import Analysis, Array, SeenObject, analyse, oklab
+from dspo.shapes.analysis import Analysis, Array, SeenObject, analyse, bell, oklab
 from dspo.shapes.grammar import POSITIONS, ObjectRequest, Request, parse
 from dspo.shapes.render import PALETTE, SIDE, SIZE_BOUNDARY
 
@@ -148,11 +148,11 @@ def aesthetics_score(seen: Analysis) -> float:
     """Prompt-free: contrast of colours within a band, colours within the palette's range, mass near the middle."""
     if not seen.objects:
         return 0.0
-    contrast = np.mean([band(float(np.linalg.norm(o.colour - seen.ground)), 0.2, 0.36, 0.07) for o in seen.objects])
+    contrast = np.mean([band(float(np.linalg.norm(o.colour - seen.ground)), 0.16, 0.5, 0.05) for o in seen.objects])
     colours = np.mean([_unburnt(rgb) for rgb in (seen.ground_rgb, *(o.rgb for o in seen.objects))])
     mass = np.array([[o.radius**2, o.x * o.radius**2, o.y * o.radius**2] for o in seen.objects]).sum(axis=0)
     off_centre = float(np.hypot(mass[1] / mass[0] - SIDE / 2, mass[2] / mass[0] - SIDE / 2))
-    return float(contrast * colours * (0.6 + 0.4 * bell(off_centre, 12.0)))
+    return float(contrast * colours * (0.75 + 0.25 * bell(off_centre, 16.0)))
 
 
 def _unburnt(rgb: Array) -> float:
@@ -170,11 +170,6 @@ def detail_score(seen: Analysis) -> float:
 
 def sigmoid(value: float) -> float:
     return float(1 / (1 + np.exp(-np.clip(value, -60.0, 60.0))))
-
-
-def bell(value: float, width: float) -> float:
-    """exp(-value^2 / 2 width^2)"""
-    return float(np.exp(-0.5 * (value / width) ** 2))
 
 
 def band(value: float, low: float, high: float, width: float) -> float:
