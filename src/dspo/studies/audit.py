@@ -1,0 +1,71 @@
+"""Audit: the adapter against the base on prompts and noise that nothing in this repository has used.
+
+python -m dspo.studies.audit --params params.yaml --prompts data/prompts.csv --adapter models/adapter
+    --reward models/reward --second-judge models/shapes-judge --output reports/audit.json
+"""
+
+import argparse
+from pathlib import Path
+
+from dspo.data.files import write_json
+from dspo.data.keys import keyed_seed
+from dspo.data.prompts import read_prompts
+from dspo.diffusion.base import load_pipeline
+from dspo.environment import device
+from dspo.evaluation import compare
+from dspo.evaluation.compare import Comparison
+from dspo.params import load_params
+from dspo.preference.dora import load_adapter
+from dspo.stages.atomic import open_scratch
+from dspo.stages.runner import run
+from dspo.studies.common import fresh_prompts, judged_samples, load_judges
+
+
+def main(argv: list[str]) -> None:
+    args = _arguments(argv)
+    params = load_params(args.params)
+    settings = params.active.evaluate
+    known = [prompt.text for prompt in read_prompts(args.prompts, params.active.prompts.max_characters)]
+    prompts = fresh_prompts(args.num_prompts, known, args.seed, "audit")
+
+    inputs = [args.prompts, args.adapter, args.reward, args.second_judge, Path(params.active.base.model)]
+    what_decides = {
+        "base": params.active.base.model_dump(),
+        "evaluate": settings.model_dump(),
+        "num_prompts": args.num_prompts,
+        "seeds": args.seeds,
+        "seed": args.seed,
+    }
+    scratch = open_scratch("audit", what_decides, inputs)
+    judges = load_judges(params, args.reward, args.second_judge)
+    noise_seed = keyed_seed(args.seed, "audit")
+    pipe = load_pipeline(params.active.base, device())
+    base = judged_samples(pipe, prompts, args.seeds, noise_seed, params, judges, scratch.path / "base")
+    pipe.unet = load_adapter(pipe.unet, args.adapter)
+    tuned = judged_samples(pipe, prompts, args.seeds, noise_seed, params, judges, scratch.path / "tuned")
+
+    how = Comparison(settings.tie_band, settings.bootstrap_resamples, args.seed)
+    figures = {
+        "num_prompts": args.num_prompts,
+        "seeds": args.seeds,
+        "seed": args.seed,
+        "sampler": settings.sampler.model_dump(),
+        "tuned_against_base": compare.tuned_against_base(base, tuned, how),
+        "verdict": compare.verdict(how.win_rates(tuned, base)),
+    }
+    write_json(figures, scratch.path / "audit.json")
+    scratch.publish({"audit.json": args.output})
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("params", "prompts", "adapter", "reward", "second-judge", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--num-prompts", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=2, help="images per prompt and model")
+    parser.add_argument("--seed", type=int, default=1, help="of the prompts and the noise")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,66 @@
+"""What the studies share: prompts that nobody has seen, sampling that survives a kill, cached results."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionXLPipeline
+
+from dspo.data.files import read_json, write_json
+from dspo.data.keys import keyed_rng, prompt_id
+from dspo.data.prompts import Prompt
+from dspo.environment import device, processes
+from dspo.evaluation.judges import Judges
+from dspo.evaluation.paired import Images, evaluation_requests, load_shards, sample_to_shards
+from dspo.params import Params
+from dspo.reward.checkpoint import load_reward
+from dspo.shapes.grammar import random_prompt
+from dspo.shapes.second import SecondJudge
+
+
+def fresh_prompts(count: int, known: Iterable[str], seed: int, purpose: str) -> list[Prompt]:
+    """``count`` prompts of the grammar that are not among ``known``, sorted by id; ``purpose`` keys the draw."""
+    rng = keyed_rng(seed, "fresh prompts", purpose)
+    taken = set(known)
+    texts: set[str] = set()
+    while len(texts) < count:
+        text = random_prompt(rng)
+        if text not in taken:
+            texts.add(text)
+    return sorted((Prompt(prompt_id(text), text) for text in texts), key=lambda prompt: prompt.id)
+
+
+def load_judges(params: Params, reward: Path, second_judge: Path) -> Judges:
+    """All judges of the world `shapes`."""
+    return Judges(
+        load_reward(reward, device()),
+        gold=True,
+        second=SecondJudge.load(second_judge),
+        batch_size=params.active.evaluate.batch_size,
+        processes=processes(),
+    )
+
+
+def judged_samples(
+    pipe: StableDiffusionXLPipeline,
+    prompts: list[Prompt],
+    seeds: int,
+    noise_seed: int,
+    params: Params,
+    judges: Judges,
+    folder: Path,
+) -> Images:
+    """``seeds`` images of every prompt at the evaluation's sampler, judged; finished batches in ``folder`` are kept."""
+    settings, base = params.active.evaluate, params.active.base
+    requests = evaluation_requests(prompts, seeds, 0, seeds)
+    sample_to_shards(pipe, requests, settings.sampler, base.resolution, noise_seed, settings.batch_size, folder)
+    images = load_shards(folder)
+    return replace(images, scores=judges.score(images.images, images.captions))
+
+
+def cached(path: Path, make: Callable[[], Any]) -> Any:
+    """The JSON value in ``path``; made and written there if the file is missing."""
+    if not path.exists():
+        write_json(make(), path)
+    return read_json(path)
