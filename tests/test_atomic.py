@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all, whatever happens and whenever."""
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -84,10 +85,8 @@ def test_kill_at_any_moment(folder, monkeypatch, moment, existing):
             (os, "rmdir"),
         ):
             patch.setattr(module, name, dying(getattr(module, name)))
-        try:
+        with contextlib.suppress(Killed):
             stage(folder)
-        except Killed:
-            pass
     model, log = folder / "out" / "model", folder / "out" / "log.txt"
     if model.exists():
         assert tree(model) in ({"0.txt": "older"}, {k.removeprefix("model/"): v for k, v in WHOLE.items() if "/" in k})

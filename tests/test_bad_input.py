@@ -50,6 +50,8 @@ def prompts(data):
     return prepare_prompts, "--prompts", "prompts.csv"
 
 
+# (contents of the file, message)
+# ruff: noqa: E501
 CASES = {
     "no prompt column": ("text,weight\na cat,1\n", "prompts.csv: the header needs exactly one column 'prompt'"),
     "no header": ("a cat\na dog\n", "prompts.csv: the header needs exactly one column 'prompt'; it has 'a cat'"),

@@ -55,5 +55,5 @@ def test_json_is_canonical(tmp_path):
 
 def test_missing_column_names_what_is_there(tmp_path):
     write_table(pa.table({"x": [1]}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="t.parquet: no column y; the file has x"):
+    with pytest.raises(UserError, match=r"t\.parquet: no column y; the file has x"):
         read_table(tmp_path / "t.parquet", ["y"])

@@ -1,5 +1,7 @@
 """Ratings from shards in Pick-a-Pic's layout, and from the rated pictures of `shapes`."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,7 +85,7 @@ def test_pickapic_stage(tmp_path, monkeypatch):
     monkeypatch.setenv("DSPO_SCRATCH", str(tmp_path / "scratch"))
     rows = [row(f"prompt {i}", label=float(i % 2)) for i in range(200)]
     source, params = shard(tmp_path / "a.parquet", rows), tmp_path / "params.yaml"
-    params.write_text(open("params.yaml").read().replace("world: shapes", "world: sdxl"))
+    params.write_text(Path("params.yaml").read_text().replace("world: shapes", "world: sdxl"))
     prepare_ratings.main(["--params", str(params), "--input", str(source), "--output", str(tmp_path / "out")])
     tables = {split: pq.read_table(tmp_path / "out" / f"{split}.parquet") for split in ("train", "validation", "test")}
     assert sum(len(t) for t in tables.values()) == 200

@@ -67,7 +67,7 @@ def test_missing_key_is_named(tmp_path):
 @pytest.mark.parametrize("text", ["a: [", "", "- a list", "\x00"])
 def test_not_a_params_file(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match="params.yaml"):
+    with pytest.raises(UserError, match=r"params\.yaml"):
         load_params(tmp_path / "params.yaml")
     with pytest.raises(UserError, match="no such file"):
         load_params(tmp_path / "other.yaml")

@@ -1,0 +1,116 @@
+"""Many images from a tuned model: one per prompt and seed, resumable."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from dspo.data.files import read_json, whole_file, write_json
+from dspo.data.images import encode_png
+from dspo.data.prompts import Prompt
+from dspo.diffusion.base import load_pipeline
+from dspo.diffusion.sampling import SampleRequest, sample
+from dspo.environment import device
+from dspo.errors import UserError
+from dspo.params import BaseModelParams, SamplerParams
+from dspo.preference.dora import load_adapter
+from dspo.progress import progress
+
+RUN = "run.json"
+MANIFEST = "manifest.jsonl"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def generate(
+    base: BaseModelParams,
+    adapter: Path,
+    prompts: Sequence[Prompt],
+    seeds_per_prompt: int,
+    sampler: SamplerParams,
+    seed: int,
+    batch_size: int,
+    output: Path,
+) -> None:
+    """Write ``output/images/<prompt id>-<seed>.png`` for every prompt and seed 0 … ``seeds_per_prompt`` - 1.
+
+    Run again after an interruption, it makes the missing images only, in the same batches as before, so that their
+    bytes are the same. ``output/manifest.jsonl`` says which prompt, seed and settings belong to which file, and stands
+    there when all images do. Raises :class:`UserError` if ``output`` holds images of another adapter or other
+    settings, or if the adapter is damaged or of another base.
+    """
+    settings = {
+        "adapter": _hash(adapter),
+        "base": base.model_dump(),
+        "sampler": sampler.model_dump(),
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    _claim(output, settings)
+    requests = [SampleRequest(prompt, index, index) for prompt in prompts for index in range(seeds_per_prompt)]
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    missing = [batch for batch in batches if not all((output / _name(request)).exists() for request in batch)]
+    if missing:
+        pipe = load_pipeline(base, device())
+        pipe.unet = load_adapter(pipe.unet, adapter)
+        for batch in progress(missing, len(missing), f"batches of {batch_size}"):
+            for result in sample(pipe, batch, sampler, base.resolution, seed, batch_size):
+                with whole_file(output / _name(result.request)) as partial:
+                    partial.write_bytes(encode_png(result.image))
+    rows = [_manifest_row(request, sampler, base.resolution) for request in requests]
+    with whole_file(output / MANIFEST) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def adapter_folder(model: Path) -> Path:
+    """The folder that holds the adapter: ``model`` itself, or ``model/dora_weights`` as `dspo train` writes it.
+
+    Raises :class:`UserError` if neither does.
+    """
+    for folder in (model, model / "dora_weights"):
+        if all((folder / name).is_file() for name in ADAPTER_FILES):
+            return folder
+    raise UserError(
+        f"{model}: no adapter here; expected {' and '.join(ADAPTER_FILES)}. "
+        "Give the --output folder of `dspo train`, or models/adapter."
+    )
+
+
+def check_base(adapter: Path, base: BaseModelParams) -> None:
+    """Raise :class:`UserError` if the adapter names another base model than ``base``.
+
+    Names are compared by their last part: a hub id and a local copy of it are the same model.
+    """
+    trained_on = read_json(adapter / ADAPTER_FILES[0]).get("base_model_name_or_path") or ""
+    if PurePath(trained_on).name != PurePath(base.model).name:
+        raise UserError(
+            f"{adapter}: the adapter was trained on {trained_on!r}, the base model here is {base.model!r}. "
+            "Set `world` in params.yaml to the one it was trained in, or name the base model with --model-name."
+        )
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Make ``output`` this run's, or make sure that it already is."""
+    path = output / RUN
+    if not path.exists():
+        write_json(settings, path)
+        return
+    different = [name for name, value in settings.items() if read_json(path).get(name) != value]
+    if different:
+        what = ", ".join(different)
+        raise UserError(f"{output}: holds images made with another {what}. Give another --output.")
+
+
+def _hash(adapter: Path) -> str:
+    return hashlib.sha256(b"".join((adapter / name).read_bytes() for name in ADAPTER_FILES)).hexdigest()
+
+
+def _name(request: SampleRequest) -> str:
+    """From the prompt's hash: the text itself never becomes a file name."""
+    return f"images/{request.prompt.id}-{request.sample_index:04d}.png"
+
+
+def _manifest_row(request: SampleRequest, sampler: SamplerParams, resolution: int) -> dict[str, Any]:
+    size = {"width": resolution, "height": resolution}
+    prompt = {"prompt": request.prompt.text, "prompt_id": request.prompt.id, "seed": request.sample_index}
+    return {"file_name": _name(request)} | prompt | sampler.model_dump() | size

@@ -1,0 +1,136 @@
+"""The setup check: what is there, what is missing, and the command that mends it."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from packaging.requirements import Requirement
+
+from dspo.data.files import read_json
+from dspo.data.prompts import read_prompts
+from dspo.environment import device
+from dspo.errors import UserError
+from dspo.params import BaseModelParams, Params, load_params
+
+GPU_GIB = 15.0  # a preference pair at 1024 px with gradient checkpointing takes up to 16 GB
+HUB_GIB = 8.0  # SDXL in half precision with its other VAE
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the setup check; ``remedy`` is set where something is missing."""
+
+    name: str
+    found: str
+    remedy: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.remedy is None
+
+
+def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Check]:
+    """Yield the checks in the order in which one would mend them; a params file with mistakes ends the list."""
+    yield _versions()
+    try:
+        params = load_params(params_file)
+    except UserError as error:
+        yield Check("parameters", str(error), f"correct {params_file}; src/dspo/params.py explains every key")
+        return
+    yield Check("parameters", f"{params_file}: world {params.world}")
+    yield _prompts(prompts, params)
+    yield _base_model(params.active.base)
+    yield _reward_model(reward)
+    yield _device(params)
+    yield _disk(params)
+
+
+def _versions() -> Check:
+    """Python and the packages that pyproject.toml pins, against what is installed."""
+    wrong = []
+    for line in requires("dspo") or []:
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = version(wanted.name)
+        except PackageNotFoundError:
+            wrong.append(f"{wanted.name} is not installed")
+            continue
+        if not wanted.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{wanted.name} {installed}, expected {wanted.specifier}")
+    if wrong:
+        return Check("versions", "; ".join(wrong), "make setup")
+    names = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "dvc", "mlflow")
+    return Check(
+        "versions", ", ".join([f"python {sys.version.split()[0]}", *(f"{name} {version(name)}" for name in names)])
+    )
+
+
+def _prompts(path: Path, params: Params) -> Check:
+    try:
+        prompts = read_prompts(path, params.active.prompts.max_characters)
+    except UserError as error:
+        return Check(
+            "prompts", str(error), f"write {path}: a CSV with the header prompt,weight and one prompt per line"
+        )
+    return Check("prompts", f"{path}: {len(prompts)} prompts")
+
+
+def _base_model(base: BaseModelParams) -> Check:
+    parts = [(base.model, base.revision, "model_index.json")]
+    if base.vae is not None:
+        parts.append((base.vae, base.vae_revision, "config.json"))
+    for name, revision, index in parts:
+        path = Path(name)
+        if (path.suffix == ".safetensors" and path.exists()) or (path / index).exists():
+            continue
+        if revision is None:
+            return Check("base model", f"{path / index}: no such file", f"git checkout -- {name}")
+        if not isinstance(try_to_load_from_cache(name, index, revision=revision), str):
+            remedy = f"hf download {name} --revision {revision}"
+            return Check("base model", f"{name}: revision {revision[:8]} is not in the hub's cache", remedy)
+    return Check("base model", ", ".join(name for name, _, _ in parts))
+
+
+def _reward_model(folder: Path) -> Check:
+    try:
+        config = read_json(folder / "config.json")
+        size = (folder / "model.safetensors").stat().st_size
+    except (UserError, FileNotFoundError) as error:
+        return Check("reward model", str(error), f"dvc pull {folder}   or, to train it:   dvc repro train_reward")
+    untrained = ", ".join(config["untrained"])
+    return Check(
+        "reward model", f"{folder}: {size / 2**20:.0f} MiB" + (f", untrained heads: {untrained}" if untrained else "")
+    )
+
+
+def _device(params: Params) -> Check:
+    try:
+        where = device()
+    except UserError as error:
+        return Check("device", str(error), "unset DSPO_DEVICE, or name a device that is here")
+    needs_gpu = params.active.base.resolution >= 512
+    if where.type != "cuda":
+        found = f"{where.type}, {torch.get_num_threads()} threads"
+        return Check("device", found, "run on a machine with a CUDA GPU, or set `world: shapes`" if needs_gpu else None)
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(where))
+    found = f"{torch.cuda.get_device_name(where)}, {free:.1f} of {total:.1f} GiB free"
+    short = needs_gpu and free < GPU_GIB
+    return Check("device", found, f"end other work on the GPU: {GPU_GIB:.0f} GiB are needed" if short else None)
+
+
+def _disk(params: Params) -> Check:
+    """Room for candidates, pairs and evaluation images, uncompressed, and for a base model from the hub."""
+    world = params.active
+    candidates = world.generate.num_prompts * len(world.generate.samplers) * world.generate.candidates_per_sampler
+    images = 2 * candidates + 2 * world.evaluate.num_prompts * world.evaluate.seeds_per_prompt
+    needed = 1.0 + images * 3 * world.base.resolution**2 / 2**30 + (HUB_GIB if world.base.revision else 0.0)
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    found = f"{free:.1f} GiB free, about {needed:.1f} GiB needed"
+    return Check("disk", found, "free some space, or lower generate.num_prompts" if free < needed else None)

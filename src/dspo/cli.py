@@ -1,0 +1,93 @@
+"""``dspo …``: the pipeline's library functions without DVC."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspo.data.prompts import read_prompts
+from dspo.errors import UserError
+from dspo.params import BaseModelParams, load_params
+from dspo.stages.runner import run
+
+app = typer.Typer(
+    help="Preference tuning of SDXL. The whole pipeline is `dvc repro`; these commands are its parts, without DVC.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="parameters; every default comes from its active world")]
+ModelName = Annotated[
+    str | None, typer.Option(help="base model: a folder, a .safetensors file, or HUB_ID@COMMIT; default: the world's")
+]
+RewardFolder = Annotated[Path, typer.Option("--reward-model", help="folder that train_reward wrote")]
+
+
+@app.command()
+def check(
+    params: ParamsFile = Path("params.yaml"),
+    prompts: Annotated[Path, typer.Option(help="prompt list")] = Path("data/prompts.csv"),
+    reward_model: RewardFolder = Path("models/reward"),
+) -> None:
+    """Say what is there, what is missing, and the command that mends it. Exit code 0 if nothing is missing, else 1."""
+    from dspo.check import check_setup
+
+    missing = False
+    for result in check_setup(params, prompts, reward_model):
+        missing |= not result.ok
+        typer.echo(f"{'ok     ' if result.ok else 'MISSING'}  {result.name}: {result.found}")
+        if result.remedy:
+            typer.echo(f"         -> {result.remedy}")
+    raise typer.Exit(int(missing))
+
+
+@app.command()
+def batch_generate(
+    model: Annotated[Path, typer.Option(help="output folder of `dspo train`, or an adapter folder")],
+    prompts: Annotated[Path, typer.Option(help="CSV with the column prompt")],
+    output: Annotated[Path, typer.Option(help="folder for images and manifest; run again to go on")],
+    seeds: Annotated[int, typer.Option(min=1, help="images per prompt")] = 1,
+    model_name: ModelName = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Make one image per prompt and seed with a tuned model."""
+    settings = load_params(params)
+    world = settings.active
+    wanted = read_prompts(prompts, world.prompts.max_characters)
+    base = _with_model(world.base, model_name)
+    from dspo.batch import adapter_folder, check_base, generate  # costly; mistakes above are told at once
+
+    adapter = adapter_folder(model)
+    if model_name is None:
+        check_base(adapter, base)
+    sampler, batch_size = world.evaluate.sampler, world.evaluate.batch_size
+    generate(base, adapter, wanted, seeds, sampler, settings.seed, batch_size, output)
+
+
+@app.command()
+def sync() -> None:
+    """Bring MLflow up to date with the files on disk; it may be run as often as one likes."""
+    from dspo.tracking import sync as tracking_sync
+
+    tracking_sync.sync()
+
+
+def _with_model(base: BaseModelParams, name: str | None) -> BaseModelParams:
+    """The world's base model, or another of the same kind. Raises :class:`UserError` for a hub id without a commit."""
+    if name is None or name == base.model:
+        return base
+    if Path(name).exists():
+        return base.model_copy(update={"model": name, "revision": None, "variant": None})
+    model, _, revision = name.partition("@")
+    if not revision:
+        raise UserError(f"--model-name {name}: no such folder or file; for a hub model give HUB_ID@COMMIT")
+    return base.model_copy(update={"model": model, "revision": revision})
+
+
+def main() -> None:
+    run(lambda argv: app(args=argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The commands, as a shell sees them and from inside."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
+from typer.testing import CliRunner
+
+from dspo.check import check_setup
+from dspo.cli import app
+from dspo.errors import UserError
+from dspo.params import load_params
+from dspo.preference.dora import add_dora
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+PROMPTS = ["a red circle", "../../x", "<script>alert(1)</script>"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny base model and an adapter of it that changes images."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_pipeline(folder / "base")
+    write_adapter(folder / "adapter", str(folder / "base"), value=0.05)
+    return folder
+
+
+def write_adapter(folder, base, value, unet=None):
+    adapter = add_dora(unet or tiny_unet(), load_params(SHIPPED).active.train, seed=0)
+    state = adapter.state()
+    adapter.load({name: t + value if "lora_B" in name else t for name, t in state.items()})
+    adapter.save(folder, base)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, models):
+    """A working folder whose params.yaml has the tiny base model and two sampling steps."""
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load(SHIPPED.read_text())
+    world = raw["worlds"]["shapes"]
+    world["base"] |= {"model": str(models / "base"), "resolution": RESOLUTION}
+    world["evaluate"] |= {"sampler": {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0}, "batch_size": 2}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    lines = "".join(f'"{prompt}"\n' for prompt in PROMPTS)
+    (tmp_path / "prompts.csv").write_text("prompt\n" + lines)
+    return tmp_path
+
+
+def call(*argv):
+    return CliRunner().invoke(app, list(map(str, argv)), catch_exceptions=False)
+
+
+def generate(model, output="out", *more):
+    return call("batch-generate", "--model", model, "--prompts", "prompts.csv", "--output", output, *more)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_help_is_quick_and_names_the_commands():
+    code = "import sys; from dspo.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    assert all(command in done.stdout for command in ("check", "train", "batch-generate", "sync"))
+
+
+def test_one_image_per_prompt_and_seed_with_a_manifest(folder, models):
+    assert generate(models / "adapter", "out", "--seeds", 2).exit_code == 0
+    rows = [json.loads(line) for line in (folder / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
+    assert sorted(str(p.relative_to(folder / "out")) for p in (folder / "out" / "images").iterdir()) == sorted(
+        row["file_name"] for row in rows
+    )
+    sizes = {Image.open(folder / "out" / row["file_name"]).size for row in rows}
+    assert sizes == {(RESOLUTION, RESOLUTION)}
+    assert {p.name for p in folder.iterdir()} == {"params.yaml", "prompts.csv", "out"}
+
+
+def test_run_again_makes_the_missing_images_alone_and_the_same_bytes(folder, models):
+    generate(models / "adapter")
+    whole = contents(folder / "out")
+    _kept, *removed = sorted((folder / "out" / "images").iterdir())
+    for path in (*removed, folder / "out" / "manifest.jsonl"):
+        path.unlink()
+    generate(models / "adapter")
+    assert contents(folder / "out") == whole
+    modified = {p: p.stat().st_mtime_ns for p in (folder / "out" / "images").iterdir()}
+    generate(models / "adapter")
+    assert {p: p.stat().st_mtime_ns for p in modified} == modified
+
+
+def test_the_adapter_is_used(folder, models, tmp_path):
+    generate(models / "adapter", "tuned")
+    write_adapter(tmp_path / "untrained", str(models / "base"), value=0.0)
+    generate(tmp_path / "untrained", "base")
+    tuned, base = (contents(folder / name / "images") for name in ("tuned", "base"))
+    assert tuned.keys() == base.keys()
+    assert all(tuned[name] != base[name] for name in tuned)
+
+
+def test_output_of_another_adapter_or_setting_is_refused(folder, models, tmp_path):
+    generate(models / "adapter")
+    write_adapter(tmp_path / "other", str(models / "base"), value=0.0)
+    with pytest.raises(UserError, match=r"out: holds images made with another adapter\. Give another --output"):
+        generate(tmp_path / "other")
+    text = (folder / "params.yaml").read_text().replace("steps: 2", "steps: 3")
+    (folder / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match="made with another sampler"):
+        generate(models / "adapter")
+
+
+def test_adapter_of_another_base_is_refused(folder, models, tmp_path):
+    write_adapter(tmp_path / "named", "stabilityai/stable-diffusion-xl-base-1.0", value=0.0)
+    with pytest.raises(
+        UserError, match=r"was trained on 'stabilityai/stable-diffusion-xl-base-1.0', the base model here"
+    ):
+        generate(tmp_path / "named")
+    assert generate(tmp_path / "named", "out", "--model-name", models / "base").exit_code == 0
+    raw = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
+    raw["target_modules"] = ["to_k"]
+    (tmp_path / "named" / "adapter_config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="does not fit the base model's UNet"):
+        generate(tmp_path / "named", "other", "--model-name", models / "base")
+
+
+@pytest.mark.parametrize("name", ["none", "someone/some-model"])
+def test_model_name_that_is_no_model(folder, models, name):
+    with pytest.raises(
+        UserError, match=f"--model-name {name}: no such folder or file; for a hub model give HUB_ID@COMMIT"
+    ):
+        generate(models / "adapter", "out", "--model-name", name)
+
+
+def test_folder_without_an_adapter(folder):
+    with pytest.raises(UserError, match=r"adapter_config\.json and adapter_model\.safetensors"):
+        generate(folder)
+
+
+def test_mistakes_end_with_exit_code_2(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "dspo.cli",
+        "batch-generate",
+        "--model",
+        ".",
+        "--prompts",
+        "none.csv",
+        "--output",
+        "o",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: none.csv: no such file. It should be a CSV with the header prompt,weight\n"
+    assert not (folder / "o").exists()
+
+
+def test_check_names_what_is_missing_and_its_remedy(folder):
+    done = call("check", "--prompts", "none.csv", "--reward-model", "models/reward")
+    assert done.exit_code == 1
+    assert "MISSING  prompts: none.csv: no such file" in done.stdout
+    assert "dvc pull models/reward" in done.stdout
+    assert "ok       base model" in done.stdout
+
+
+def test_check_passes_where_all_is_there(folder):
+    reward = folder / "models" / "reward"
+    reward.mkdir(parents=True)
+    (reward / "config.json").write_text('{"untrained": ["detail"]}')
+    (reward / "model.safetensors").write_bytes(bytes(2**20))
+    done = call("check", "--prompts", "prompts.csv")
+    assert (done.exit_code, done.stdout.count("\nok")) == (0, 6)
+    assert "1 MiB, untrained heads: detail" in done.stdout
+
+
+def test_check_of_the_hub_world(folder):
+    text = (folder / "params.yaml").read_text().replace("world: shapes", "world: sdxl")
+    (folder / "params.yaml").write_text(text)
+    found = {check.name: check for check in check_setup(Path("params.yaml"), Path("prompts.csv"), Path("reward"))}
+    assert "hf download stabilityai/stable-diffusion-xl-base-1.0 --revision" in (found["base model"].remedy or "")
+
+
+def test_check_stops_at_params_with_mistakes(folder):
+    (folder / "params.yaml").write_text("world: 1\n")
+    done = call("check")
+    assert done.exit_code == 1
+    assert "MISSING  parameters: params.yaml: world: Input should be a valid string" in done.stdout
