@@ -66,6 +66,12 @@ def test_it_learns_what_the_raters_like(clip_name: str, ratings: Path, fusion: b
     assert not score_differences(model, validation)[:, 4].any()  # detail had no labels
 
 
+def test_bfloat16_autocast_trains_float32_weights(clip_name: str, ratings: Path) -> None:
+    model, validation, trained = fit(ratings, reward_params(clip_name, dtype="bfloat16", epochs=1))
+    assert {tensor.dtype for tensor in trained.ema.values()} == {torch.float32}
+    assert np.isfinite(score_differences(model, validation)).all()
+
+
 def test_a_killed_run_ends_in_the_same_bytes(
     clip_name: str, ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
