@@ -44,9 +44,7 @@ def local_files(base: BaseModelParams) -> list[Path]:
     return [Path(place) for place in (base.model, base.vae) if place is not None and Path(place).exists()]
 
 
-def encode_prompts(
-    pipe: StableDiffusionXLPipeline, texts: Sequence[str], batch_size: int = 64
-) -> list[TextEmbedding]:
+def encode_prompts(pipe: StableDiffusionXLPipeline, texts: Sequence[str], batch_size: int = 64) -> list[TextEmbedding]:
     """Encode prompts by the pipeline's own ``encode_prompt``, in the order given."""
     embeddings: list[TextEmbedding] = []
     with torch.no_grad():

@@ -21,7 +21,7 @@ from dspo.data.images import Pixels
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import Prompt
 from dspo.diffusion.base import TextEmbedding, encode_null, encode_prompts
-from dspo.params import Scheduler, SamplerParams
+from dspo.params import SamplerParams, Scheduler
 
 
 @dataclass(frozen=True)

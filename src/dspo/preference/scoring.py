@@ -1,0 +1,188 @@
+"""Candidate images -> scores -> pairs on disk, by whatever scorer."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dspo.data.files import write_json
+from dspo.data.images import Pixels, decode_image, read_table, write_table
+from dspo.data.records import CANDIDATES, HEADS, PAIRS
+from dspo.diffusion.base import encode_null, encode_prompts, load_text_encoders
+from dspo.errors import UserError
+from dspo.params import BaseModelParams, SamplerParams, ScoreParams
+from dspo.preference.pairs import Candidate, Pair, calibrated_rewards, held_out_prompts, select_pairs
+from dspo.progress import progress
+
+Row = dict[str, Any]
+Key = tuple[str, int]  # prompt id, sample index
+
+
+class Scorer(Protocol):
+    """A reward model, or a judge that stands in for one."""
+
+    @property
+    def heads(self) -> Sequence[str]:
+        """Names of the scores; "overall" is among them."""
+
+    @property
+    def untrained(self) -> Sequence[str]:
+        """Heads whose scores mean nothing."""
+
+    @property
+    def temperature(self) -> float:
+        """T of P(first wins) = sigmoid((overall_first - overall_second) / T)."""
+
+    def score(self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int) -> NDArray[np.floating[Any]]:
+        """Scores [n, n_heads]."""
+
+
+def write_pairs(
+    candidates: Path,
+    scorer: Scorer,
+    base: BaseModelParams,
+    params: ScoreParams,
+    seed: int,
+    device: torch.device,
+    output: Path,
+) -> None:
+    """Score the shards of ``candidates`` and fill ``output`` with pairs.
+
+    ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text.safetensors`` (what ``base`` sees of the pairs'
+    prompts), ``scores.csv`` (every candidate) and ``summary.json``. Raises :class:`UserError` if there is no pair.
+    """
+    shards = sorted(candidates.glob("*.parquet"))
+    if not shards:
+        raise UserError(f"{candidates}: no candidates here. Make them: `dvc repro generate_pairs`")
+    scored = score_shards(shards, scorer, params.batch_size)
+    pairs = select_pairs(scored, params, [head for head in scorer.heads if head not in scorer.untrained])
+    if not pairs:
+        raise UserError(
+            f"{candidates}: no two candidates of a prompt differ enough for a pair. "
+            f"Lower score.margin (now {params.margin}) or sample more candidates."
+        )
+    rows = pair_rows(pairs, candidate_rows(shards, pairs), prompt_rewards(scored, scorer.temperature))
+    held_out = held_out_prompts((row["prompt_id"] for row in rows), params.validation_share, seed)
+    splits = {
+        "train": [row for row in rows if row["prompt_id"] not in held_out],
+        "validation": [row for row in rows if row["prompt_id"] in held_out],
+    }
+    for split, members in splits.items():
+        write_table(pa.Table.from_pylist(members, schema=PAIRS), output / f"{split}.parquet")
+    captions = {row["prompt_id"]: row["caption"] for row in rows}
+    save_file(text_tensors(base, captions, device), output / "text.safetensors")
+    write_scores(scored, scorer.heads, output / "scores.csv")
+    write_json(summary(scored, pairs, splits, scorer), output / "summary.json")
+
+
+def score_shards(shards: Sequence[Path], scorer: Scorer, batch_size: int) -> list[Candidate]:
+    """Score all candidates, one shard in memory at a time; sorted by prompt and sample index."""
+    candidates = []
+    for shard in progress(shards, len(shards), "scoring shards"):
+        table = read_table(shard, [name for name in CANDIDATES.names if not name.startswith("latent")])
+        rows = table.to_pylist()
+        images = [decode_image(row["image"], f"{shard}, row {number}") for number, row in enumerate(rows)]
+        scores = scorer.score(images, [row["caption"] for row in rows], batch_size)
+        for row, values in zip(rows, scores.tolist(), strict=True):
+            by_head = dict(zip(scorer.heads, values, strict=True))
+            sampler = SamplerParams(**{key: row[key] for key in ("scheduler", "steps", "guidance_scale")})
+            candidates.append(Candidate(row["prompt_id"], row["sample_index"], sampler, by_head))
+    return sorted(candidates, key=_key)
+
+
+def prompt_rewards(candidates: Sequence[Candidate], temperature: float) -> dict[Key, float]:
+    """Calibrated reward of every candidate among those of its prompt."""
+    by_prompt: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        by_prompt.setdefault(candidate.prompt_id, []).append(candidate)
+    rewards: dict[Key, float] = {}
+    for members in by_prompt.values():
+        calibrated = calibrated_rewards([member.overall for member in members], temperature)
+        rewards.update(zip(map(_key, members), calibrated.tolist(), strict=True))
+    return rewards
+
+
+def candidate_rows(shards: Sequence[Path], pairs: Sequence[Pair]) -> dict[Key, Row]:
+    """The full rows of the candidates that are in a pair; one shard in memory at a time."""
+    wanted = {_key(side) for pair in pairs for side in (pair.winner, pair.loser)}
+    found: dict[Key, Row] = {}
+    for shard in shards:
+        table = read_table(shard, CANDIDATES.names)
+        keys = list(zip(table["prompt_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
+        positions = [position for position, key in enumerate(keys) if key in wanted]
+        for position, row in zip(positions, table.take(positions).to_pylist(), strict=True):
+            found[keys[position]] = row
+    return found
+
+
+def pair_rows(pairs: Sequence[Pair], candidates: dict[Key, Row], rewards: dict[Key, float]) -> list[Row]:
+    """Rows of ``records.PAIRS``; sampler settings are the winner's (equal in whatever ``score.match`` lists)."""
+    rows = []
+    for pair in pairs:
+        winner = candidates[_key(pair.winner)]
+        row: Row = {name: winner[name] for name in PAIRS.names if name in CANDIDATES.names}
+        row |= {"pair_id": pair.id, "label_0": 1.0, "label_1": 0.0}
+        for side, candidate in enumerate((pair.winner, pair.loser)):
+            source = candidates[_key(candidate)]
+            row |= {
+                f"jpg_{side}": source["image"],
+                f"latent_{side}": source["latent"],
+                f"sample_index_{side}": candidate.sample_index,
+                f"rca_{side}": rewards[_key(candidate)],
+            }
+            row |= {f"score_{side}_{head}": candidate.scores.get(head) for head in HEADS}
+        rows.append(row)
+    return rows
+
+
+def text_tensors(base: BaseModelParams, captions: dict[str, str], device: torch.device) -> dict[str, Tensor]:
+    """``<prompt_id>.embeds`` [L, C] and ``<prompt_id>.pooled`` [P] of every prompt, and the same of ``null``."""
+    pipe = load_text_encoders(base, device)
+    embeddings = dict(zip(captions, encode_prompts(pipe, list(captions.values())), strict=True))
+    embeddings["null"] = encode_null(pipe)
+    tensors = {}
+    for name, embedding in embeddings.items():
+        # Cloned: rows of one batch share memory, which safetensors refuses.
+        tensors[f"{name}.embeds"] = embedding.embeds.cpu().clone()
+        tensors[f"{name}.pooled"] = embedding.pooled.cpu().clone()
+    return tensors
+
+
+def write_scores(candidates: Sequence[Candidate], heads: Sequence[str], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["prompt_id", "sample_index", "scheduler", "steps", "guidance_scale", *heads])
+        for c in candidates:
+            scores = [f"{c.scores[head]:.9g}" for head in heads]  # nine digits bring a float32 back
+            settings = [c.sampler.scheduler, c.sampler.steps, c.sampler.guidance_scale]
+            writer.writerow([c.prompt_id, c.sample_index, *settings, *scores])
+
+
+def summary(
+    candidates: Sequence[Candidate], pairs: Sequence[Pair], splits: dict[str, list[Row]], scorer: Scorer
+) -> dict[str, Any]:
+    gaps = [pair.gap for pair in pairs]
+    scores = {head: [candidate.scores[head] for candidate in candidates] for head in scorer.heads}
+    return {
+        "candidates": len(candidates),
+        "prompts": len({candidate.prompt_id for candidate in candidates}),
+        "prompts_with_pairs": len({pair.winner.prompt_id for pair in pairs}),
+        "pairs": len(pairs),
+        "pairs_train": len(splits["train"]),
+        "pairs_validation": len(splits["validation"]),
+        "gap_mean": float(np.mean(gaps)),
+        "gap_min": min(gaps),
+        "heads": {head: {"mean": float(np.mean(s)), "std": float(np.std(s))} for head, s in scores.items()},
+        "untrained_heads": list(scorer.untrained),
+    }
+
+
+def _key(candidate: Candidate) -> Key:
+    return candidate.prompt_id, candidate.sample_index
