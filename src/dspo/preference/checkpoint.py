@@ -1,0 +1,53 @@
+"""The state of a training run on disk: everything that the next step depends on. Read with ``weights_only=True``."""
+
+import pickle
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspo.data.files import whole_file
+from dspo.errors import UserError
+from dspo.preference.diagnostics import Row
+from dspo.preference.dora import State
+
+
+@dataclass
+class Best:
+    """The adapter of the epoch whose images the reward model liked most."""
+
+    epoch: int
+    reward: float | None
+    adapter: State
+
+
+@dataclass
+class TrainingState:
+    step: int  # optimizer steps done
+    adapter: State
+    optimizer: dict[str, Any]
+    ema: State | None
+    best: Best | None = None
+    log: list[Row] = field(default_factory=list)  # one row per step
+    epochs: list[Row] = field(default_factory=list)  # one row per epoch, the untrained adapter's first
+
+
+def save_checkpoint(path: Path, state: TrainingState) -> None:
+    """Replace the file whole, so that a kill leaves the old one."""
+    fields = {name: getattr(state, name) for name in ("step", "adapter", "optimizer", "ema", "log", "epochs")}
+    with whole_file(path) as partial:
+        torch.save(fields | {"best": None if state.best is None else asdict(state.best)}, partial)
+
+
+def load_checkpoint(path: Path, like: State, device: torch.device) -> TrainingState:
+    """Raises :class:`UserError` if the file is damaged, or its adapter has other names or shapes than ``like``."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        best = saved.pop("best")
+        state = TrainingState(**saved, best=None if best is None else Best(**best))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a training checkpoint ({error}). Remove it to start anew.") from None
+    if {name: t.shape for name, t in state.adapter.items()} != {name: t.shape for name, t in like.items()}:
+        raise UserError(f"{path}: a checkpoint of another model or adapter. Remove it to start anew.")
+    return state

@@ -1,0 +1,199 @@
+"""The scored pairs as tensors, and the keyed draws that make training batches of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dspo.data.images import read_table
+from dspo.data.keys import keyed_seed, keyed_uniform
+from dspo.errors import UserError
+from dspo.preference.schedule import NoiseSchedule
+
+COLUMNS = (
+    "pair_id", "prompt_id", "weight", "rca_0", "rca_1", "width", "height", "latent_0", "latent_1", "latent_shape",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """n pairs on the CPU, in the order of the file."""
+
+    ids: list[str]
+    latents_w: Tensor  # [n, 4, h, w] float16, in the UNet's scaled space
+    latents_l: Tensor
+    weight: Tensor  # [n] float32: of the prompt
+    delta: Tensor  # [n] float32: difference of the calibrated rewards
+    size: Tensor  # [n, 2] float32: height and width of the images, pixels
+    text_row: Tensor  # [n] int64: row of the prompt in embeds and pooled
+    embeds: Tensor  # [m + 1, L, C]; the last row is the empty prompt
+    pooled: Tensor  # [m + 1, P]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs, noised, on the UNet's device; winner and loser share ``t`` and the noise."""
+
+    noisy_w: Tensor  # [B, 4, h, w] in the UNet's dtype
+    noisy_l: Tensor
+    target_w: Tensor  # [B, 4, h, w] float32
+    target_l: Tensor
+    t: Tensor  # [B] int64
+    embeds: Tensor  # [B, L, C]
+    pooled: Tensor  # [B, P]
+    time_ids: Tensor  # [B, 6]
+    weight: Tensor  # [B]
+    delta: Tensor  # [B]
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random about one use of a pair."""
+
+    row: int
+    t: int
+    noise_seed: int
+    drop_prompt: bool = False
+
+
+def load_pairs(folder: Path) -> tuple[Pairs, Pairs]:
+    """Train and validation pairs of a folder that the stage `score` wrote.
+
+    Raises :class:`UserError` for missing or damaged files, no pairs, latents of several shapes, prompts without text.
+    """
+    text = _load_text(folder / "text.safetensors")
+    prompts = sorted(
+        name.removesuffix(".embeds") for name in text if name.endswith(".embeds") and name != "null.embeds"
+    )
+    embeds = torch.stack([text[f"{prompt}.embeds"] for prompt in (*prompts, "null")])
+    pooled = torch.stack([text[f"{prompt}.pooled"] for prompt in (*prompts, "null")])
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+
+    def read(path: Path) -> Pairs:
+        table = read_table(path, COLUMNS)
+        if not len(table):
+            raise UserError(f"{path}: no pairs. Lower score.margin, or generate more candidates.")
+        column = {name: table[name].to_pylist() for name in COLUMNS if not name.startswith("latent_")}
+        unknown = [prompt for prompt in column["prompt_id"] if prompt not in row_of]
+        if unknown:
+            raise UserError(f"{path}: no text embedding of prompt {unknown[0]}; run the stage score again")
+        rca = torch.tensor([column["rca_0"], column["rca_1"]], dtype=torch.float64)
+        return Pairs(
+            ids=column["pair_id"],
+            latents_w=_latents(table, "latent_0", path),
+            latents_l=_latents(table, "latent_1", path),
+            weight=torch.tensor(column["weight"], dtype=torch.float32),
+            delta=(rca[0] - rca[1]).float(),
+            size=torch.tensor([column["height"], column["width"]], dtype=torch.float32).T.contiguous(),
+            text_row=torch.tensor([row_of[prompt] for prompt in column["prompt_id"]]),
+            embeds=embeds,
+            pooled=pooled,
+        )
+
+    return read(folder / "train.parquet"), read(folder / "validation.parquet")
+
+
+def with_random_labels(pairs: Pairs, seed: int) -> Pairs:
+    """Winner and loser by a coin per pair: what is learnt from these is not preference."""
+    swap = torch.tensor([keyed_uniform(seed, "random label", pair) < 0.5 for pair in pairs.ids])
+    image = swap.view(-1, 1, 1, 1)
+    return replace(
+        pairs,
+        latents_w=torch.where(image, pairs.latents_l, pairs.latents_w),
+        latents_l=torch.where(image, pairs.latents_w, pairs.latents_l),
+        delta=torch.where(swap, -pairs.delta, pairs.delta),
+    )
+
+
+def epoch_order(pairs: Pairs, seed: int, epoch: int) -> list[int]:
+    """Rows of all pairs, shuffled by keys of their ids."""
+    return sorted(range(len(pairs)), key=lambda row: keyed_seed(seed, "order", epoch, pairs.ids[row]))
+
+
+def training_draw(pairs: Pairs, row: int, seed: int, epoch: int, n_timesteps: int, prompt_dropout: float) -> Draw:
+    """Uniform timestep, noise and prompt dropout of one pair in one epoch."""
+    key = (epoch, pairs.ids[row])
+    return Draw(
+        row=row,
+        t=int(keyed_uniform(seed, "timestep", *key) * n_timesteps),
+        noise_seed=keyed_seed(seed, "training noise", *key),
+        drop_prompt=keyed_uniform(seed, "prompt dropout", *key) < prompt_dropout,
+    )
+
+
+def held_out_draws(pairs: Pairs, seed: int, n_timesteps: int) -> list[Draw]:
+    """Four fixed draws per pair, one in each quartile of the timesteps."""
+    return [
+        Draw(
+            row=row,
+            t=int((quartile + keyed_uniform(seed, "held-out timestep", pair, quartile)) / 4 * n_timesteps),
+            noise_seed=keyed_seed(seed, "held-out noise", pair, quartile),
+        )
+        for row, pair in enumerate(pairs.ids)
+        for quartile in range(4)
+    ]
+
+
+def make_batch(
+    pairs: Pairs, draws: Sequence[Draw], schedule: NoiseSchedule, dtype: torch.dtype, device: torch.device
+) -> Batch:
+    """Noise the drawn pairs. SDXL's size conditions are the images' own: original = target size, crop at (0, 0)."""
+    rows = torch.tensor([draw.row for draw in draws])
+    shape = pairs.latents_w.shape[1:]
+    noise = torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(draw.noise_seed)) for draw in draws]
+    ).to(device)
+    t = torch.tensor([draw.t for draw in draws], device=device)
+    dropped = torch.tensor([draw.drop_prompt for draw in draws])
+    text = torch.where(dropped, len(pairs.embeds) - 1, pairs.text_row[rows])
+    size = pairs.size[rows]
+    winner = pairs.latents_w[rows].to(device).float()
+    loser = pairs.latents_l[rows].to(device).float()
+    return Batch(
+        noisy_w=schedule.add_noise(winner, noise, t).to(dtype),
+        noisy_l=schedule.add_noise(loser, noise, t).to(dtype),
+        target_w=schedule.target(winner, noise, t),
+        target_l=schedule.target(loser, noise, t),
+        t=t,
+        embeds=pairs.embeds[text].to(device, dtype),
+        pooled=pairs.pooled[text].to(device, dtype),
+        time_ids=torch.cat([size, torch.zeros_like(size), size], dim=1).to(device),
+        weight=pairs.weight[rows].to(device),
+        delta=pairs.delta[rows].to(device),
+    )
+
+
+def _load_text(path: Path) -> dict[str, Tensor]:
+    try:
+        text: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage score") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); run the stage score again") from None
+    if "null.embeds" not in text or "null.pooled" not in text:
+        raise UserError(f"{path}: no embedding of the empty prompt (null.embeds, null.pooled)")
+    return text
+
+
+def _latents(table: pa.Table, column: str, path: Path) -> Tensor:
+    """[n, 4, h, w] float16 from bytes."""
+    shapes = {tuple(shape) for shape in table["latent_shape"].to_pylist()}
+    if len(shapes) > 1:
+        raise UserError(f"{path}: latents of several shapes ({sorted(shapes)}); generate all candidates at one size")
+    (shape,) = shapes
+    latents = [np.frombuffer(data, dtype="<f2") for data in table[column].to_pylist()]
+    if any(latent.size != np.prod(shape) for latent in latents):
+        raise UserError(f"{path}: {column} does not have the size that latent_shape {list(shape)} says")
+    return torch.from_numpy(np.stack(latents).reshape(-1, *shape).copy())

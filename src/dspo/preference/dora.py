@@ -1,0 +1,278 @@
+"""DoRA adapters of a UNet: fast to train, exact at step 0, and in peft's own format on disk.
+
+    W' = m * (W + s B A) / n,   n = ||W + s B A|| per row, detached,   s = alpha / rank        (Liu et al., ICML 2024)
+
+peft injects the layers and owns names and files; :class:`FastDora` replaces its forward pass. n depends on A and B
+alone, so it is computed once per optimizer step, in float32; m starts from the same function, so m / n is exactly 1 and
+the untrained policy equals the reference to the bit. An adapter on disk is loaded through peft itself.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dspo.data.files import read_json, whole_file, write_json
+from dspo.data.keys import keyed_seed
+from dspo.errors import UserError
+from dspo.params import TrainParams
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+NAME = "default"  # peft's name of the adapter
+LEAST_NORM = 1e-12  # a row of zeros keeps m / n = 1
+
+State = dict[str, Tensor]
+
+
+class FastDora(DoraLinearVariant):
+    """peft's DoRA for one Linear layer with the norm cached between optimizer steps.
+
+    Dropout acts on the branch of A and B alone: equal to peft without dropout, and in expectation with it. With
+    ``exact_dropout`` it also acts on the base weight's part, as in peft and the paper, at the price of a second product
+    with the base weight.
+    """
+
+    def __init__(self, layer: LoraLinear, exact_dropout: bool) -> None:
+        self.A = layer.lora_A[NAME].weight  # [r, in]
+        self.B = layer.lora_B[NAME].weight  # [out, r]
+        self.W = layer.get_base_layer().weight  # [out, in]
+        self.scaling: float = layer.scaling[NAME]
+        self.exact_dropout = exact_dropout
+        self.W_squared = self.W.float().square().sum(1)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute n [out], float32, for the present A and B.
+
+        n^2 = ||W||^2 + 2 s sum_k B (W A^T) + s^2 sum_k (B A A^T) B, row by row: nothing of W's size but W is read.
+        """
+        A, B, s = self.A.float(), self.B.float(), self.scaling
+        cross = self.W.float() @ A.T
+        square = B @ (A @ A.T)
+        n_squared = self.W_squared + ((2 * s) * cross + (s * s) * square).mul_(B).sum(1)
+        self.norm = n_squared.clamp_min_(0).sqrt_().clamp_min_(LEAST_NORM)
+
+    def forward(self, module: LoraLinear, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """``x`` [..., in], ``result`` = W x + b [..., out] -> W' x + b."""
+        magnitude = module.lora_magnitude_vector[active_adapter].weight
+        dropout = module.lora_dropout[active_adapter]
+        dropped = dropout(x)
+        low_rank = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
+        if self.exact_dropout and dropout.training:
+            g = magnitude / self.norm
+            extra = (g - 1) * F.linear(dropped, self.W) + g * (self.scaling * low_rank)
+            result = result + extra.to(result.dtype)
+            return result
+        bias = module.get_base_layer().bias
+        rescaled: Tensor = Rescale.apply(result, low_rank, magnitude, self.norm, bias, self.scaling)
+        return rescaled
+
+
+class Rescale(torch.autograd.Function):
+    """base + (g - 1) (base - bias) + g s low_rank with g = m / n, evaluated in float32.
+
+    In this form g = 1 and low_rank = 0 give ``base`` back to the bit. One tensor is kept for the gradient of m: the
+    output where there is no bias, since z = (base - bias) + s low_rank = output / g; else z.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, low_rank: Tensor, m: Tensor, n: Tensor, bias: Tensor | None, s: float
+    ) -> Tensor:
+        g = m / n
+        plain = base if bias is None else base - bias
+        out = torch.addcmul(torch.addcmul(base, plain, g - 1), low_rank, g * s).to(base.dtype)
+        ctx.has_bias, ctx.s = bias is not None, s
+        ctx.save_for_backward(out if bias is None else torch.add(plain, low_rank, alpha=s), m, n)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (d_out,) = grads
+        kept, m, n = ctx.saved_tensors
+        d_base = (d_out * (m / n)).to(d_out.dtype)
+        d_low_rank = d_base if ctx.s == 1 else d_base * ctx.s
+        d_m = (d_out * kept).flatten(0, -2).sum(0, dtype=torch.float32) / (n if ctx.has_bias else m)
+        return d_base, d_low_rank, d_m, None, None, None
+
+
+class Adapter:
+    """The adapter inside a UNet, which stays the caller's and can be called as before."""
+
+    def __init__(self, unet: UNet2DConditionModel, config: LoraConfig, seed: int, exact_dropout: bool) -> None:
+        self.unet = unet
+        self.config = config
+        self._peft = get_peft_model(unet, config, adapter_name=NAME)
+        self.layers = [module for module in unet.modules() if isinstance(module, LoraLinear)]
+        self._dropouts = [layer.lora_dropout[NAME] for layer in self.layers]
+        self._initialise(seed)
+        self._fast: list[FastDora] = []
+        if config.use_dora:
+            self._install(exact_dropout)
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad
+        }
+        self.train(False)
+
+    def _initialise(self, seed: int) -> None:
+        """A from U(-1/sqrt(in), 1/sqrt(in)), peft's own distribution, keyed by the module's name; B = 0."""
+        for name, module in self.unet.named_modules():
+            if isinstance(module, LoraLinear):
+                A = module.lora_A[NAME].weight
+                generator = torch.Generator().manual_seed(keyed_seed(seed, "adapter", name))
+                bound = A.shape[1] ** -0.5
+                A.data = torch.empty(A.shape).uniform_(-bound, bound, generator=generator).to(A.device)
+                module.lora_B[NAME].weight.data = torch.zeros(module.lora_B[NAME].weight.shape, device=A.device)
+
+    def _install(self, exact_dropout: bool) -> None:
+        for layer in self.layers:
+            fast = FastDora(layer, exact_dropout)
+            # peft's own magnitude went through the base's dtype: in bfloat16 it would be off by up to 0.4 %.
+            layer.lora_magnitude_vector[NAME].weight.data = fast.norm.clone()
+            layer.lora_variant[NAME] = fast
+            layer.cast_input_dtype_enabled = False  # the products with A and B run in the base's dtype
+            self._fast.append(fast)
+
+    def refresh(self) -> None:
+        """Bring the cached norms up to date; call it after every change of the parameters."""
+        for fast in self._fast:
+            fast.refresh()
+
+    def train(self, mode: bool) -> None:
+        """Switch the adapter's dropout; the base model stays in evaluation mode."""
+        for dropout in self._dropouts:
+            dropout.training = mode
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The UNet without the adapter, for a forward pass of the reference."""
+        for layer in self.layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
+
+    def state(self) -> State:
+        """A copy of the parameters by their names in the UNet."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        """Set the parameters from :meth:`state` of an adapter of the same shape."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
+        self.refresh()
+
+    @contextmanager
+    def holding(self, state: State) -> Iterator[None]:
+        """The adapter with other parameters for the length of a block."""
+        own = self.state()
+        self.load(state)
+        try:
+            yield
+        finally:
+            self.load(own)
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write peft's two files, to the byte the same for the same parameters. ``base`` names the base model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = get_peft_model_state_dict(self._peft, adapter_name=NAME)
+        with whole_file(folder / WEIGHTS) as partial:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
+        config = self.config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        write_json(json.loads(json.dumps(plain)), folder / CONFIG)  # enums become their strings
+
+
+def add_dora(unet: UNet2DConditionModel, params: TrainParams, seed: int, exact_dropout: bool = False) -> Adapter:
+    """Put an untrained DoRA adapter into ``unet``, in place: its output stays the same to the bit.
+
+    Raises :class:`UserError` if a target module is not in the UNet.
+    """
+    return _add(unet, params, seed, use_dora=True, exact_dropout=exact_dropout)
+
+
+def add_lora(unet: UNet2DConditionModel, params: TrainParams, seed: int) -> Adapter:
+    """As :func:`add_dora`, without magnitudes: the baseline."""
+    return _add(unet, params, seed, use_dora=False, exact_dropout=False)
+
+
+def _add(unet: UNet2DConditionModel, params: TrainParams, seed: int, use_dora: bool, exact_dropout: bool) -> Adapter:
+    linear = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    for target in params.target_modules:
+        if not any(_is_target(name, [target]) for name in linear):
+            raise UserError(f"train.target_modules: {target!r} is no Linear module of the base model's UNet")
+    config = LoraConfig(
+        r=params.rank,
+        lora_alpha=params.alpha,
+        lora_dropout=params.dropout,
+        target_modules=list(params.target_modules),
+        use_dora=use_dora,
+    )
+    return Adapter(unet, config, seed, exact_dropout)
+
+
+def load_adapter(unet: UNet2DConditionModel, folder: Path) -> PeftModel:
+    """Put the adapter in ``folder`` into ``unet`` through stock peft, for sampling.
+
+    Raises :class:`UserError` if files are missing or damaged, or the adapter was trained on a UNet of other shapes.
+    """
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG}: not the configuration of a LoRA or DoRA adapter in PEFT's format")
+    _check_fits(unet, _shapes(folder / WEIGHTS), config, folder)
+    return PeftModel.from_pretrained(unet, folder)
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _check_fits(unet: UNet2DConditionModel, shapes: dict[str, list[int]], config: dict[str, Any], folder: Path) -> None:
+    """Every target of the UNet has its A and B of the right size in the file, and the file has nothing else."""
+    targets = config.get("target_modules") or []
+    trained_on = f"it was trained on {config.get('base_model_name_or_path')!r}. Give the adapter of this base model."
+    expected: dict[str, tuple[int, int]] = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear) and _is_target(name, targets):
+            expected[f"base_model.model.{name}.lora_A.weight"] = (1, module.in_features)
+            expected[f"base_model.model.{name}.lora_B.weight"] = (0, module.out_features)
+            if config.get("use_dora"):
+                expected[f"base_model.model.{name}.lora_magnitude_vector"] = (0, module.out_features)
+    odd = sorted(shapes.keys() ^ expected.keys())
+    if odd or not expected:
+        where = "the adapter has it, the UNet does not" if odd and odd[0] in shapes else "the adapter lacks it"
+        which = f" ({odd[0]}: {where})" if odd else ""
+        raise UserError(f"{folder}: the adapter does not fit the base model's UNet{which}; {trained_on}")
+    for name, (dimension, size) in expected.items():
+        if shapes[name][dimension] != size:
+            raise UserError(
+                f"{folder}: the adapter does not fit the base model's UNet ({name}: {shapes[name]}, expected {size} in "
+                f"dimension {dimension}); {trained_on}"
+            )
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    """peft's rule for lists: the whole name, or its end after a dot."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)

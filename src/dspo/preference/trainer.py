@@ -1,0 +1,212 @@
+"""Preference training of an adapter, in the order in which things happen.
+
+Every draw is keyed by seed, epoch and pair, and a checkpoint holds all that the next step depends on: to go on after a
+kill, call :func:`train` again with the same arguments. Both ways end in the same bytes.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from dspo.data.keys import keyed_seed
+from dspo.errors import UserError
+from dspo.params import TrainParams
+from dspo.preference.checkpoint import Best, TrainingState, load_checkpoint, save_checkpoint
+from dspo.preference.dataset import Pairs, epoch_order, held_out_draws, training_draw, with_random_labels
+from dspo.preference.diagnostics import Row, joined, summary
+from dspo.preference.dora import Adapter, State
+from dspo.preference.losses import EVERYTHING
+from dspo.preference.method import Method
+from dspo.preference.schedule import NoiseSchedule
+from dspo.progress import progress
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    adapter: State  # of the best epoch
+    best_epoch: int
+    steps: int
+    log: list[Row]  # one row per step
+    epochs: list[Row]  # one row per epoch, the untrained adapter's first
+
+
+def train(
+    adapter: Adapter,
+    schedule: NoiseSchedule,
+    pairs: Pairs,  # to train on
+    held_out: Pairs,  # of other prompts
+    params: TrainParams,
+    seed: int,
+    folder: Path,  # for the checkpoint and the growing log
+    reward_check: Callable[[UNet2DConditionModel], float] | None = None,  # picks the best epoch; None: the last one
+    permute_k: bool = False,  # control, for DSPO: every winner gets another pair's k
+) -> Trained:
+    """Train the adapter, which holds the best epoch's parameters afterwards.
+
+    The caller vouches that a checkpoint in ``folder`` is of the same arguments. Raises :class:`UserError` if the loss
+    is no longer a number, all weights are 0, or the checkpoint is of another adapter.
+    """
+    mean_weight = pairs.weight.mean().item()
+    if mean_weight == 0:
+        raise UserError("train: every training pair's prompt has weight 0. Give a prompt a weight above 0.")
+    if params.random_labels:
+        pairs = with_random_labels(pairs, seed)
+    pairs_per_step = params.batch_size * params.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(pairs) / pairs_per_step)
+    n_steps = steps_per_epoch * params.epochs
+
+    method = Method(adapter, schedule, params, permute_k)
+    if params.gradient_checkpointing:
+        adapter.unet.enable_gradient_checkpointing()
+    parameters = list(adapter.parameters.values())
+    optimizer = make_optimizer(adapter, params)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = resume(adapter, optimizer, params, folder)
+    if not state.epochs:
+        state.epochs.append(check(method, state, held_out, params, seed, reward_check))
+
+    cuda = [adapter.unet.device] if adapter.unet.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):  # the adapter's dropout draws from the global generator
+        for step in progress(range(state.step, n_steps), n_steps - state.step, "train"):
+            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+            order = epoch_order(pairs, seed, epoch)
+            rows = order[step_in_epoch * pairs_per_step : (step_in_epoch + 1) * pairs_per_step]
+            for group in optimizer.param_groups:
+                group["lr"] = params.lr * min(1.0, (step + 1) / max(1, params.warmup_steps))
+
+            adapter.train(True)
+            loss = torch.zeros((), device=adapter.unet.device)
+            measured = []
+            for start in range(0, len(rows), params.batch_size):
+                draws = [
+                    training_draw(pairs, row, seed, epoch, schedule.n_timesteps, params.prompt_dropout)
+                    for row in rows[start : start + params.batch_size]
+                ]
+                batch = method.batch(pairs, draws)
+                torch.manual_seed(keyed_seed(seed, "adapter dropout", step, start))
+                losses, columns = method.losses(batch, method.needs)
+                # The step's pairs and the whole set's mean weight: cutting into micro-batches changes nothing.
+                share = (batch.weight * losses).sum() / (len(rows) * mean_weight)
+                torch.autograd.backward(share)
+                loss += share.detach()
+                measured.append(columns)
+            adapter.train(False)
+
+            norm = torch.nn.utils.clip_grad_norm_(parameters, params.max_grad_norm)
+            if not torch.isfinite(norm + loss):
+                raise UserError(f"train: the loss is {loss.item()} at step {step + 1}; lower train.lr or train.beta")
+            optimizer.step()
+            optimizer.zero_grad()
+            adapter.refresh()
+            if state.ema is not None:
+                update_average(state.ema, adapter, params, step)
+            state.step = step + 1
+
+            row: Row = {"step": step + 1, "epoch": epoch + 1, "loss": loss.item(), "gradient_norm": norm.item()}
+            row["lr"] = optimizer.param_groups[0]["lr"]
+            state.log.append(row | summary(joined(measured), schedule.n_timesteps))
+            append_row(folder / LOG, state.log[-1])
+
+            epoch_ends = step_in_epoch == steps_per_epoch - 1
+            if epoch_ends:
+                state.epochs.append(check(method, state, held_out, params, seed, reward_check))
+                keep_best(state, adapter)
+                logger.info("train %s", told(state.epochs[-1]))
+            if epoch_ends or state.step % params.checkpoint_every_steps == 0:
+                state.adapter, state.optimizer = adapter.state(), optimizer.state_dict()
+                save_checkpoint(folder / CHECKPOINT, state)
+
+    assert state.best is not None
+    adapter.load(state.best.adapter)
+    return Trained(state.best.adapter, state.best.epoch, state.step, state.log, state.epochs)
+
+
+def make_optimizer(adapter: Adapter, params: TrainParams) -> torch.optim.AdamW:
+    """AdamW; magnitudes are not decayed, since their rest is ||W|| and not 0."""
+    matrices = [p for p in adapter.parameters.values() if p.ndim == 2]
+    vectors = [p for p in adapter.parameters.values() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=params.lr, fused=True)
+
+
+def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainParams, folder: Path) -> TrainingState:
+    """The state of the checkpoint, loaded into adapter and optimizer; a fresh one where there is none."""
+    (folder / LOG).unlink(missing_ok=True)
+    initial = adapter.state()
+    if not (folder / CHECKPOINT).exists():
+        ema = None if params.ema_decay is None else initial
+        return TrainingState(step=0, adapter=initial, optimizer=optimizer.state_dict(), ema=ema)
+    state = load_checkpoint(folder / CHECKPOINT, initial, adapter.unet.device)
+    adapter.load(state.adapter)
+    optimizer.load_state_dict(state.optimizer)
+    for row in state.log:
+        append_row(folder / LOG, row)
+    logger.info("training continues at step %d", state.step)
+    return state
+
+
+def check(
+    method: Method,
+    state: TrainingState,
+    held_out: Pairs,
+    params: TrainParams,
+    seed: int,
+    reward_check: Callable[[UNet2DConditionModel], float] | None,
+) -> Row:
+    """Held-out pairs, and images of the adapter: of its moving average, where there is one."""
+    adapter = method.adapter
+    with adapter.holding(state.ema) if state.ema is not None else nullcontext():
+        row: Row = {"epoch": len(state.epochs), "step": state.step, **held_out_row(method, held_out, params, seed)}
+        row["reward"] = None if reward_check is None else reward_check(adapter.unet)
+    return row
+
+
+@torch.no_grad()
+def held_out_row(method: Method, pairs: Pairs, params: TrainParams, seed: int) -> Row:
+    """Loss and diagnostics on fixed noise and timesteps, four per pair."""
+    n_timesteps = method.schedule.n_timesteps
+    draws = held_out_draws(pairs, seed, n_timesteps)
+    parts = []
+    for start in range(0, len(draws), params.batch_size):
+        batch = method.batch(pairs, draws[start : start + params.batch_size])
+        parts.append(method.losses(batch, EVERYTHING)[1])
+    columns = joined(parts)
+    return {"loss": columns["loss"].mean().item(), **summary(columns, n_timesteps)}
+
+
+def update_average(ema: State, adapter: Adapter, params: TrainParams, step: int) -> None:
+    """ema <- d ema + (1 - d) parameter, d = min(decay, (1 + step) / (10 + step))."""
+    assert params.ema_decay is not None
+    decay = min(params.ema_decay, (1 + step) / (10 + step))
+    for name, parameter in adapter.parameters.items():
+        ema[name].lerp_(parameter.detach(), 1 - decay)
+
+
+def keep_best(state: TrainingState, adapter: Adapter) -> None:
+    """Keep the epoch that just ended if its reward beats every earlier one's, or if there are no rewards."""
+    epoch, reward = len(state.epochs) - 1, state.epochs[-1]["reward"]
+    if state.best is None or reward is None or state.best.reward is None or reward > state.best.reward:
+        parameters = adapter.state() if state.ema is None else {name: t.clone() for name, t in state.ema.items()}
+        state.best = Best(epoch, reward, parameters)
+
+
+def append_row(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def told(row: Row) -> str:
+    names = ("epoch", "loss", "implicit_accuracy", "margin", "u_std", "reward")
+    return " ".join(f"{name} {row[name]:.4g}" for name in names if row[name] is not None)

@@ -1,0 +1,270 @@
+"""The adapter against stock peft: outputs, gradients, files; and exactness of the untrained policy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import TEXT_WIDTH, TOKENS, tiny_unet
+
+from dspo.errors import UserError
+from dspo.params import TrainParams, load_params
+from dspo.preference.dora import Adapter, add_dora, add_lora, load_adapter
+
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+
+
+def params(**changes: object) -> TrainParams:
+    shapes = load_params(Path("params.yaml")).worlds["shapes"].train
+    return shapes.model_copy(update={"rank": 4, "alpha": 6, "dropout": 0.0, **changes})
+
+
+def unet(seed: int = 0) -> UNet2DConditionModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return tiny_unet().eval()
+
+
+def inputs(dtype: torch.dtype = torch.float32, n: int = 2) -> dict[str, object]:
+    g = torch.Generator().manual_seed(7)
+    conditions = {
+        "text_embeds": torch.randn(n, TEXT_WIDTH, generator=g).to(dtype),
+        "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]]).repeat(n, 1),
+    }
+    return {
+        "sample": torch.randn(n, 4, 4, 4, generator=g).to(dtype),
+        "timestep": torch.tensor([10, 700])[:n],
+        "encoder_hidden_states": torch.randn(n, TOKENS, 2 * TEXT_WIDTH, generator=g).to(dtype),
+        "added_cond_kwargs": conditions,
+    }
+
+
+def output(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return model(**inputs(dtype), return_dict=False)[0]
+
+
+def perturb(adapter: Adapter, scale: float = 0.05) -> None:
+    g = torch.Generator().manual_seed(3)
+    adapter.load({name: t + scale * torch.randn(t.shape, generator=g) for name, t in adapter.state().items()})
+
+
+def stock_peft(adapter: Adapter, dropout: float = 0.0) -> PeftModel:
+    """peft's own DoRA with the same parameters."""
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=TARGETS, use_dora=True)
+    model = get_peft_model(unet(), config)
+    state = adapter.state()
+    trained = {name: p for name, p in model.base_model.model.named_parameters() if p.requires_grad}
+    assert trained.keys() == state.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_untrained_policy_is_the_reference_to_the_bit(dtype: torch.dtype, dropout: float) -> None:
+    model = unet().to(dtype)
+    before = output(model, dtype)
+    adapter = add_dora(model, params(dropout=dropout), seed=0)
+    assert all(p.dtype == torch.float32 for p in adapter.parameters.values())
+    for training in (False, True):
+        adapter.train(training)
+        assert torch.equal(output(model, dtype), before)
+        with adapter.disabled():
+            assert torch.equal(output(model, dtype), before)
+
+
+def test_every_target_gets_a_b_and_magnitude() -> None:
+    adapter = add_dora(unet(), params(), seed=0)
+    linear = [n for n, m in unet().named_modules() if isinstance(m, torch.nn.Linear)]
+    targets = [name for name in linear if any(name.endswith(f".{target}") for target in TARGETS)]
+    assert len(adapter.layers) == len(targets)
+    assert len(adapter.parameters) == 3 * len(targets)
+
+
+def test_disabled_is_the_base_model_and_the_adapter_comes_back() -> None:
+    model = unet()
+    base = output(model)
+    adapter = add_dora(model, params(), seed=0)
+    perturb(adapter)
+    tuned = output(model)
+    with adapter.disabled():
+        assert torch.equal(output(model), base)
+    assert torch.equal(output(model), tuned)
+    assert not torch.allclose(tuned, base, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_and_gradients_are_those_of_stock_peft(training: bool) -> None:
+    adapter = add_dora(unet(), params(), seed=0)
+    perturb(adapter)
+    stock = stock_peft(adapter)
+    stock.train(training)
+    adapter.train(training)
+    ours, theirs = output(adapter.unet), output(stock)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    expected = dict(stock.base_model.model.named_parameters())
+    for name, parameter in adapter.parameters.items():
+        gradient = expected[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=2e-5 * gradient.abs().max().item() + 1e-7)
+
+
+def test_exact_dropout_is_that_of_stock_peft() -> None:
+    adapter = add_dora(unet(), params(dropout=0.3), seed=0, exact_dropout=True)
+    perturb(adapter)
+    stock = stock_peft(adapter, dropout=0.3)
+    stock.base_model.model.eval()  # as the base under our adapter; only the adapter's dropout is on
+    for module in stock.modules():
+        if type(module).__name__ == "Dropout" and module.p == 0.3:
+            module.train()
+    for module in stock.modules():
+        if hasattr(module, "lora_variant"):
+            module.training = True
+    adapter.train(True)
+    torch.manual_seed(5)
+    ours = output(adapter.unet)
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours, output(stock), rtol=1e-5, atol=2e-6)
+
+
+def test_fast_dropout_differs_only_while_training() -> None:
+    adapter = add_dora(unet(), params(dropout=0.3), seed=0)
+    perturb(adapter)
+    still = output(adapter.unet)
+    adapter.train(True)
+    torch.manual_seed(1)
+    assert not torch.equal(output(adapter.unet), still)
+    adapter.train(False)
+    assert torch.equal(output(adapter.unet), still)
+
+
+def test_cached_norm_is_that_of_the_whole_weight() -> None:
+    adapter = add_dora(unet(), params(), seed=0)
+    perturb(adapter)
+    for layer in adapter.layers:
+        A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        dense = (layer.get_base_layer().weight.double() + 1.5 * B @ A).norm(dim=1)
+        torch.testing.assert_close(layer.lora_variant["default"].norm.double(), dense, rtol=1e-6, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        adapter = add_dora(unet(), params(dropout=0.2), seed=0)
+        perturb(adapter)
+        if checkpointing:
+            adapter.unet.enable_gradient_checkpointing()
+        adapter.train(True)
+        torch.manual_seed(2)
+        output(adapter.unet).square().sum().backward()
+        gradients.append({name: p.grad for name, p in adapter.parameters.items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_initial_weights_depend_on_the_seed_and_nothing_else() -> None:
+    torch.manual_seed(1)
+    first = add_dora(unet(), params(), seed=0).state()
+    torch.manual_seed(2)
+    second = add_dora(unet(), params(), seed=0).state()
+    other = add_dora(unet(), params(), seed=1).state()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_saved_weights_are_to_the_byte_what_peft_saves(tmp_path: Path) -> None:
+    adapter = add_dora(unet(), params(), seed=0)
+    perturb(adapter)
+    adapter.save(tmp_path / "ours", "models/base")
+    stock_peft(adapter).save_pretrained(tmp_path / "theirs")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    ours, theirs = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    differing = {key for key in ours if ours[key] != theirs[key]} - {"target_modules"}
+    assert differing <= {"base_model_name_or_path", "auto_mapping"}
+    assert ours["target_modules"] == sorted(TARGETS)
+    assert ours["base_model_name_or_path"] == "models/base"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_adapter_loads_through_stock_peft(tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter = add_dora(unet().to(dtype), params(dropout=0.1), seed=0)
+    perturb(adapter)
+    adapter.save(tmp_path, "models/base")
+    expected = output(adapter.unet, dtype)
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-2
+    for loaded in (load_adapter(unet().to(dtype), tmp_path), PeftModel.from_pretrained(unet().to(dtype), tmp_path)):
+        torch.testing.assert_close(output(loaded, dtype), expected, rtol=1e-5, atol=tolerance)
+
+
+def test_config_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import test_dora as t\n"
+        "t.add_dora(t.unet(), t.params(), 0).save(Path(sys.argv[1]), 'base')"
+    )
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], env=environment, check=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_lora_baseline_starts_at_the_base_model(tmp_path: Path) -> None:
+    model = unet()
+    before = output(model)
+    adapter = add_lora(model, params(), seed=0)
+    assert torch.equal(output(model), before)
+    perturb(adapter)
+    adapter.save(tmp_path, "models/base")
+    torch.testing.assert_close(output(load_adapter(unet(), tmp_path)), output(model))
+
+
+def test_unknown_target_is_a_users_mistake() -> None:
+    with pytest.raises(UserError, match="to_kk"):
+        add_dora(unet(), params(target_modules=["to_k", "to_kk"]), seed=0)
+
+
+def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    adapter = add_dora(unet(), params(), seed=0)
+    adapter.save(tmp_path, "models/some-base")
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+
+    save_file({n: t for n, t in tensors.items() if n != name}, weights)
+    with pytest.raises(UserError, match="lacks it.*models/some-base"):
+        load_adapter(unet(), tmp_path)
+
+    save_file({**tensors, name: torch.zeros(4, 7)}, weights)
+    with pytest.raises(UserError, match="expected"):
+        load_adapter(unet(), tmp_path)
+
+    save_file({**tensors, "base_model.model.other.lora_A.weight": torch.zeros(4, 7)}, weights)
+    with pytest.raises(UserError, match="the UNet does not"):
+        load_adapter(unet(), tmp_path)
+
+
+def test_damaged_or_missing_adapter_files_are_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"adapter_config\.json: no such file"):
+        load_adapter(unet(), tmp_path)
+    add_dora(unet(), params(), seed=0).save(tmp_path, "base")
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_adapter(unet(), tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        load_adapter(unet(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(UserError, match="not the configuration"):
+        load_adapter(unet(), tmp_path)
