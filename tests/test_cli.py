@@ -1,13 +1,18 @@
 """The commands, as a shell sees them and from inside."""
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from peft import PeftModel
 from PIL import Image
+from reward_tiny import make_clip, reward_params
 from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
 from typer.testing import CliRunner
 
@@ -15,7 +20,13 @@ from dspo.check import check_setup
 from dspo.cli import app
 from dspo.errors import UserError
 from dspo.params import load_params
+from dspo.preference import trainer
 from dspo.preference.dora import add_dora
+from dspo.quick_train import with_pairs_per_prompt
+from dspo.reward.backbone import weights_sha256
+from dspo.reward.checkpoint import save_reward
+from dspo.reward.model import build_model
+from dspo.reward.training import Trained, current_weights
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 PROMPTS = ["a red circle", "../../x", "<script>alert(1)</script>"]
@@ -37,6 +48,19 @@ def write_adapter(folder, base, value, unet=None):
     adapter.save(folder, base)
 
 
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """An untrained reward model, whose overall score is its tiny CLIP's cosine."""
+    folder = tmp_path_factory.mktemp("reward")
+    params = reward_params(make_clip(folder / "clip"))
+    model = build_model(params, seed=0, device=torch.device("cpu"))
+    weights = current_weights(model)
+    temperatures = dict.fromkeys(model.heads, 1.0)
+    trained = Trained(ema=weights, raw=weights, curve=[])
+    save_reward(folder / "reward", model, trained, params, temperatures, [], weights_sha256(model.backbone.clip))
+    return folder / "reward"
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch, models):
     """A working folder whose params.yaml has the tiny base model and two sampling steps."""
@@ -44,7 +68,10 @@ def folder(tmp_path, monkeypatch, models):
     raw = yaml.safe_load(SHIPPED.read_text())
     world = raw["worlds"]["shapes"]
     world["base"] |= {"model": str(models / "base"), "resolution": RESOLUTION}
-    world["evaluate"] |= {"sampler": {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0}, "batch_size": 2}
+    sampler = {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0}
+    world["generate"] |= {"samplers": [sampler], "candidates_per_sampler": 2}
+    world["train"] |= {"rank": 4, "alpha": 4, "batch_size": 2, "epochs": 2, "checkpoint_every_steps": 1}
+    world["evaluate"] |= {"sampler": sampler, "batch_size": 2}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     lines = "".join(f'"{prompt}"\n' for prompt in PROMPTS)
     (tmp_path / "prompts.csv").write_text("prompt\n" + lines)
@@ -191,3 +218,90 @@ def test_check_stops_at_params_with_mistakes(folder):
     done = call("check")
     assert done.exit_code == 1
     assert "MISSING  parameters: params.yaml: world: Input should be a valid string" in done.stdout
+
+
+def train(reward, output, *more, prompts="prompts.csv"):
+    return call("train", "--prompts", prompts, "--output", output, "--reward-model", reward, "--num-pairs", 6, *more)
+
+
+@pytest.fixture
+def plain_prompts(folder):
+    lines = [
+        f"{colour} {letter},{weight}"
+        for colour, letter, weight in zip(["red", "green", "blue", "pink"], "abcd", (1, 2, 3, 1), strict=True)
+    ]
+    (folder / "prompts.csv").write_text("\n".join(["prompt,weight", *lines]))
+    return folder
+
+
+def test_train_leaves_what_was_promised(plain_prompts, models, reward):
+    done = train(reward, "out", "--epochs", 1, "--lr", 1e-3)
+    assert done.exit_code == 0
+    out = plain_prompts / "out"
+    assert {p.name for p in out.iterdir()} == {"dora_weights", "training_state.pt", "preference_pairs", "logs"}
+    assert {p.name for p in (out / "dora_weights").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert torch.load(out / "training_state.pt", weights_only=True)["step"] > 0
+    assert isinstance(PeftModel.from_pretrained(tiny_unet(), out / "dora_weights"), PeftModel)
+    pairs = [len(pq.read_table(out / "preference_pairs" / f"{split}.parquet")) for split in ("train", "validation")]
+    assert 0 < sum(pairs) <= 6
+    told = json.loads((out / "logs" / "before_after.json").read_text())
+    assert told["reward_base"] != told["reward_tuned"]
+    assert Image.open(out / "logs" / "base_and_tuned.png").size == (2 * RESOLUTION, len(told["prompts"]) * RESOLUTION)
+    assert not list((plain_prompts / "scratch").rglob("*.*"))
+    assert generate("out", "images").exit_code == 0
+
+
+def test_train_goes_on_after_a_kill_and_ends_in_the_same_bytes(plain_prompts, reward, monkeypatch):
+    train(reward, "whole")
+
+    class Killed(BaseException):
+        pass
+
+    append, steps = trainer.append_row, []
+
+    def dying(path, row):
+        append(path, row)
+        steps.append(row["step"])
+        if len(steps) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "append_row", dying)
+        with pytest.raises(Killed):
+            train(reward, "resumed")
+    assert not (plain_prompts / "resumed").exists()
+    gc.collect()  # lets go of the lock that the end of a process would let go of
+    train(reward, "resumed")
+    whole, resumed = contents(plain_prompts / "whole"), contents(plain_prompts / "resumed")
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if whole[name] != resumed[name]] == []
+
+
+def test_more_pairs_than_the_candidates_give_means_more_candidates(plain_prompts, reward):
+    world = load_params(plain_prompts / "params.yaml").active
+    for wanted in (1, 2, 7):
+        changed = with_pairs_per_prompt(world, wanted)
+        k = changed.generate.candidates_per_sampler
+        assert k * (k - 1) // 2 >= wanted == changed.score.max_pairs_per_prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "0"], "--lr 0.0: expected a number above 0"),
+        (["--lr", "nan"], "--lr nan: expected"),
+        (["--model-name", "none"], "--model-name none: no such folder or file"),
+    ],
+)
+def test_train_mistakes(plain_prompts, reward, options, message):
+    with pytest.raises(UserError, match=message):
+        train(reward, "out", *options)
+    assert not (plain_prompts / "out").exists()
+
+
+def test_train_needs_a_reward_model_and_two_prompts(plain_prompts, reward):
+    with pytest.raises(UserError, match="no-reward"):
+        train("no-reward", "out")
+    (plain_prompts / "one.csv").write_text("prompt\na cat\n")
+    with pytest.raises(UserError, match=r"one\.csv: at least 2 prompts are needed"):
+        train(reward, "out", prompts="one.csv")

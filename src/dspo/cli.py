@@ -43,6 +43,38 @@ def check(
 
 
 @app.command()
+def train(
+    prompts: Annotated[Path, typer.Option(help="CSV with the columns prompt and, if wanted, weight")],
+    output: Annotated[Path, typer.Option(help="folder for adapter, training state, pairs and logs")] = Path(
+        "outputs/dspo_dora"
+    ),
+    reward_model: RewardFolder = Path("models/reward"),
+    model_name: ModelName = None,
+    num_pairs: Annotated[int, typer.Option(min=2, help="preference pairs to make, at most")] = 200,
+    epochs: Annotated[int | None, typer.Option(min=1, help="default: the world's")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate; default: the world's")] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(min=1, help="default: the world's")] = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Make images of the prompts, score and pair them, and train a DoRA adapter on the pairs."""
+    given = {"epochs": epochs, "lr": lr, "gradient_accumulation_steps": gradient_accumulation_steps}
+    if lr is not None and not 0 < lr < 1:
+        raise UserError(f"--lr {lr}: expected a number above 0 and below 1")
+    settings = load_params(params)
+    world = settings.active
+    training = world.train.model_copy(update={name: value for name, value in given.items() if value is not None})
+    world = world.model_copy(update={"base": _with_model(world.base, model_name), "train": training})
+    read_prompts(prompts, world.prompts.max_characters)
+    from dspo.quick_train import quick_train  # costly; mistakes above are told at once
+
+    changed = settings.model_copy(update={"worlds": {settings.world: world}})
+    change = quick_train(changed, prompts, reward_model, num_pairs, output)
+    typer.echo(f"adapter: {output / 'dora_weights'}")
+    typer.echo(f"mean reward of {change.images} held-out images: {change.reward_base:.4f} -> {change.reward_tuned:.4f}")
+    typer.echo("The reward model is no proof that the images are better: `dvc repro` asks judges that it never saw.")
+
+
+@app.command()
 def batch_generate(
     model: Annotated[Path, typer.Option(help="output folder of `dspo train`, or an adapter folder")],
     prompts: Annotated[Path, typer.Option(help="CSV with the column prompt")],
