@@ -32,7 +32,7 @@ def pipe() -> StableDiffusionXLPipeline:
     return tiny_pipeline()
 
 
-def base_params(model: Path | str, **changes: str | None) -> BaseModelParams:
+def base_params(model: Path | str, **changes: str | int | None) -> BaseModelParams:
     fields: dict[str, object] = {
         "model": str(model),
         "revision": None,
@@ -166,6 +166,20 @@ def test_folder_loads_frozen_and_in_evaluation_mode(tmp_path: Path, pipe: Stable
         assert not any(parameter.requires_grad for parameter in part.parameters())
     assert loaded.watermark is None
     assert local_files(base) == [tmp_path / "base"]
+
+
+def test_large_images_are_decoded_one_by_one(tmp_path: Path) -> None:
+    folder = save_tiny_pipeline(tmp_path / "base")
+    assert not load_pipeline(base_params(folder), CPU).vae.use_slicing
+    assert load_pipeline(base_params(folder, resolution=1024), CPU).vae.use_slicing
+
+
+def test_float32_adapter_in_a_bfloat16_base_starts_from_the_same_noise(tmp_path: Path) -> None:
+    pipe = load_pipeline(base_params(save_tiny_pipeline(tmp_path / "base"), dtype="bfloat16"), CPU)
+    (before,) = draw(pipe, [SampleRequest(RED, 0, 0)])
+    pipe.unet.register_parameter("adapter", torch.nn.Parameter(torch.zeros(1)))
+    (after,) = draw(pipe, [SampleRequest(RED, 0, 0)])
+    assert after.latent.tobytes() == before.latent.tobytes()
 
 
 def test_text_encoders_alone_see_the_same(tmp_path: Path, pipe: StableDiffusionXLPipeline) -> None:

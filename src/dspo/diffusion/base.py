@@ -13,6 +13,9 @@ from torch import Tensor
 from dspo.errors import UserError
 from dspo.params import BaseModelParams
 
+# From this resolution on the VAE decodes image by image: one fills the device, and memory stays that of one.
+LARGE = 512
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -31,7 +34,10 @@ def load_pipeline(base: BaseModelParams, device: torch.device) -> StableDiffusio
     Raises :class:`UserError` that names what is missing and the command that gets it.
     """
     replaced = {} if base.vae is None else {"vae": _load_vae(base)}
-    return _ready(_load(base, **replaced), device)
+    pipe = _ready(_load(base, **replaced), device)
+    if base.resolution >= LARGE:
+        pipe.vae.enable_slicing()
+    return pipe
 
 
 def load_text_encoders(base: BaseModelParams, device: torch.device) -> StableDiffusionXLPipeline:
@@ -70,6 +76,7 @@ def _ready(pipe: StableDiffusionXLPipeline, device: torch.device) -> StableDiffu
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     for module in modules:
         module.eval().requires_grad_(False)
+    pipe.watermark = None  # diffusers adds one wherever the package for it happens to be installed
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -94,7 +101,6 @@ def _load(base: BaseModelParams, **components: Any) -> StableDiffusionXLPipeline
             variant=base.variant,
             torch_dtype=dtype,
             use_safetensors=True,
-            add_watermarker=False,
             **components,
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
