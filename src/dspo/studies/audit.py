@@ -10,8 +10,8 @@ from pathlib import Path
 from dspo.data.files import write_json
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import read_prompts
-from dspo.diffusion.base import load_pipeline
-from dspo.environment import device
+from dspo.diffusion.base import load_pipeline, local_files
+from dspo.environment import device, processes
 from dspo.evaluation import compare
 from dspo.evaluation.compare import Comparison
 from dspo.params import load_params
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     known = [prompt.text for prompt in read_prompts(args.prompts, params.active.prompts.max_characters)]
     prompts = fresh_prompts(args.num_prompts, known, args.seed, "audit")
 
-    inputs = [args.prompts, args.adapter, args.reward, args.second_judge, Path(params.active.base.model)]
+    inputs = [args.prompts, args.adapter, args.reward, args.second_judge, *local_files(params.active.base)]
     what_decides = {
         "base": params.active.base.model_dump(),
         "evaluate": settings.model_dump(),
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         "seed": args.seed,
     }
     scratch = open_scratch("audit", what_decides, inputs)
-    judges = load_judges(params, args.reward, args.second_judge)
+    judges = load_judges(params, args.reward, args.second_judge, processes())
     noise_seed = keyed_seed(args.seed, "audit")
     pipe = load_pipeline(params.active.base, device())
     base = judged_samples(pipe, prompts, args.seeds, noise_seed, params, judges, scratch.path / "base")

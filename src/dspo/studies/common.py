@@ -1,22 +1,24 @@
 """What the studies share: prompts that nobody has seen, sampling that survives a kill, cached results."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
 
+import dspo
 from dspo.data.files import read_json, write_json
 from dspo.data.keys import keyed_rng, prompt_id
 from dspo.data.prompts import Prompt
-from dspo.environment import device, processes
+from dspo.environment import device, scratch_root
 from dspo.evaluation.judges import Judges
 from dspo.evaluation.paired import Images, evaluation_requests, load_shards, sample_to_shards
 from dspo.params import Params
 from dspo.reward.checkpoint import load_reward
 from dspo.shapes.grammar import random_prompt
 from dspo.shapes.second import SecondJudge
+from dspo.stages.atomic import fingerprint
 
 
 def fresh_prompts(count: int, known: Iterable[str], seed: int, purpose: str) -> list[Prompt]:
@@ -31,14 +33,14 @@ def fresh_prompts(count: int, known: Iterable[str], seed: int, purpose: str) -> 
     return sorted((Prompt(prompt_id(text), text) for text in texts), key=lambda prompt: prompt.id)
 
 
-def load_judges(params: Params, reward: Path, second_judge: Path) -> Judges:
-    """All judges of the world `shapes`."""
+def load_judges(params: Params, reward: Path, second_judge: Path, processes: int) -> Judges:
+    """All judges of the world `shapes`; ``processes`` of the gold judge."""
     return Judges(
         load_reward(reward, device()),
         gold=True,
         second=SecondJudge.load(second_judge),
         batch_size=params.active.evaluate.batch_size,
-        processes=processes(),
+        processes=processes,
     )
 
 
@@ -57,6 +59,18 @@ def judged_samples(
     sample_to_shards(pipe, requests, settings.sampler, base.resolution, noise_seed, settings.batch_size, folder)
     images = load_shards(folder)
     return replace(images, scores=judges.score(images.images, images.captions))
+
+
+def study_folder(name: str, what_decides: Mapping[str, Any], inputs: Iterable[Path]) -> Path:
+    """Where a long study keeps its finished pieces: another folder for other parameters, inputs or methods.
+
+    Of the code only what decides an adapter and its judgement counts, so that a new table does not cost a day.
+    """
+    source = Path(dspo.__file__).parent
+    code = [file for part in ("diffusion", "preference", "reward", "shapes") for file in (source / part).glob("*.py")]
+    folder = scratch_root() / "studies" / name / fingerprint(what_decides, inputs, sorted(code))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def cached(path: Path, make: Callable[[], Any]) -> Any:
