@@ -119,9 +119,8 @@ def _sample_batch(
             pooled_prompt_embeds=torch.stack([condition.pooled for condition in conditions]),
             negative_prompt_embeds=null.embeds.expand(n, -1, -1),
             negative_pooled_prompt_embeds=null.pooled.expand(n, -1),
-            latents=noise.to(
-                null.embeds.dtype
-            ),  # not unet.dtype: with an adapter in float32 that is no longer the base's
+            # Not unet.dtype: with an adapter in float32 that is no longer the base's.
+            latents=noise.to(null.embeds.dtype),
             height=resolution,
             width=resolution,
             num_inference_steps=sampler.steps,
