@@ -274,7 +274,10 @@ def test_train_goes_on_after_a_kill_and_ends_in_the_same_bytes(plain_prompts, re
     train(reward, "resumed")
     whole, resumed = contents(plain_prompts / "whole"), contents(plain_prompts / "resumed")
     assert whole.keys() == resumed.keys()
-    assert [name for name in whole if whole[name] != resumed[name]] == []
+    # pickle writes an object that is shared once: the state's bytes depend on more than its contents
+    assert [name for name in whole if whole[name] != resumed[name]] in ([], ["training_state.pt"])
+    one, other = (torch.load(f"{name}/training_state.pt", weights_only=True) for name in ("whole", "resumed"))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_more_pairs_than_the_candidates_give_means_more_candidates(plain_prompts, reward):

@@ -31,7 +31,7 @@ def check(
     reward_model: RewardFolder = Path("models/reward"),
 ) -> None:
     """Say what is there, what is missing, and the command that mends it. Exit code 0 if nothing is missing, else 1."""
-    from dspo.check import check_setup
+    from dspo.check import check_setup  # costly
 
     missing = False
     for result in check_setup(params, prompts, reward_model):
@@ -100,9 +100,9 @@ def batch_generate(
 @app.command()
 def sync() -> None:
     """Bring MLflow up to date with the files on disk; it may be run as often as one likes."""
-    from dspo.tracking import sync as tracking_sync
+    from dspo.tracking.sync import sync as send  # costly
 
-    tracking_sync.sync()
+    typer.echo(f"runs sent: {len(send())}")
 
 
 def _with_model(base: BaseModelParams, name: str | None) -> BaseModelParams:
