@@ -1,6 +1,6 @@
 """Train the small f8 VAE of the `shapes` base on rendered scenes.
 
-``python -m dspo.shapes.train_vae --output DIR --steps N`` continues where it stopped when run again.
+``python -m dspo.shapes.train_vae --work DIR --output DIR`` continues where it stopped when run again.
 """
 
 import argparse
@@ -69,12 +69,12 @@ def reconstruction_loss(decoded: Tensor, image: Tensor) -> Tensor:
     return (pixels + along_x.abs().mean() + along_y.abs().mean()) / weight.mean()
 
 
-def train(output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
     vae = new_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    start = load_checkpoint(output / "checkpoint.pt", model=vae, optimizer=optimizer, schedule=schedule)
+    start = load_checkpoint(work / "vae.pt", model=vae, optimizer=optimizer, schedule=schedule)
     images = scenes(SCENES, seed)
     for step in progress(range(start, steps), steps - start, "vae"):
         picked = keyed_rng(seed, "vae-batch", step).integers(0, SCENES, batch_size)
@@ -93,9 +93,9 @@ def train(output: Path, steps: int, batch_size: int, lr: float, seed: int) -> No
         if step % 50 == 0:
             log.info("step %d loss %.4f kl %.3f", step, loss.item(), kl.item())
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            save_checkpoint(output / "checkpoint.pt", step + 1, model=vae, optimizer=optimizer, schedule=schedule)
+            save_checkpoint(work / "vae.pt", step + 1, model=vae, optimizer=optimizer, schedule=schedule)
     measure_latents(vae, images[:1024])
-    vae.save_pretrained(output / "vae")
+    vae.save_pretrained(output)
 
 
 @torch.inference_mode()
@@ -108,6 +108,7 @@ def measure_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -115,8 +116,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.output.mkdir(parents=True, exist_ok=True)
-    train(args.output, args.steps, args.batch_size, args.lr, args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
 
 
 if __name__ == "__main__":

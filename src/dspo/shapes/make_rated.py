@@ -1,0 +1,95 @@
+"""Make the pictures that the simulated raters look at: three samples of the base and one other picture per prompt.
+
+The other picture is a render of the prompt, as it should be or spoiled in a known way, so that the reward model also
+meets what the base never makes. None of the prompts is in the list that is trained and evaluated on.
+"""
+
+import argparse
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from dspo.data.images import write_table
+from dspo.data.keys import keyed_rng, prompt_id
+from dspo.data.prompts import Prompt, read_prompts
+from dspo.diffusion.base import load_pipeline
+from dspo.diffusion.sampling import SampleRequest, sample
+from dspo.params import BaseModelParams, SamplerParams
+from dspo.progress import progress
+from dspo.shapes.defects import KINDS, spoil
+from dspo.shapes.grammar import parse
+from dspo.shapes.make_prompts import distinct_prompts
+from dspo.shapes.render import SIDE, Image as Pixels, random_scene, render_float
+from dspo.shapes.train_second import wrong_request
+
+BASE_SAMPLES = 3
+SAMPLERS = tuple(SamplerParams(scheduler="ddim", steps=12, guidance_scale=scale) for scale in (1.5, 2.0, 3.0, 4.5))
+JPEG_QUALITY = 92
+
+
+def encode_jpeg(pixels: Pixels) -> bytes:
+    """JPEG without chroma subsampling: at 64 px that would blur every coloured edge."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
+def other_picture(prompt: str, seed: int) -> Pixels:
+    """A render of the prompt: clean, of a wrong request, or spoiled."""
+    rng = keyed_rng(seed, "rated-other", prompt)
+    request = parse(prompt)
+    if rng.random() < 0.3:
+        request = wrong_request(request, rng)
+    picture = render_float(random_scene(request, rng))
+    if rng.random() < 0.7:
+        picture = spoil(picture, str(rng.choice(KINDS)), float(rng.uniform(0.1, 0.8)), rng)
+    return np.round(picture * 255).astype(np.uint8)
+
+
+def base_pictures(model: Path, prompts: list[Prompt], seed: int, batch_size: int) -> Iterator[tuple[Prompt, int, Pixels]]:
+    """Samples of the base, the prompts divided among the sampler settings; all samples of a prompt share one setting."""
+    base = BaseModelParams(
+        model=str(model), revision=None, variant=None, vae=None, dtype="float32", resolution=SIDE
+    )
+    pipe = load_pipeline(base, torch.device("cpu"))
+    for i, sampler in enumerate(SAMPLERS):
+        requests = [SampleRequest(p, k, k) for p in prompts[i :: len(SAMPLERS)] for k in range(BASE_SAMPLES)]
+        samples = sample(pipe, requests, sampler, SIDE, seed, batch_size)
+        for one in progress(samples, len(requests), f"guidance {sampler.guidance_scale}"):
+            yield one.request.prompt, one.request.sample_index, one.image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--exclude", type=Path, required=True, help="prompt list whose prompts are not used")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--number", type=int, default=1300, help="prompts")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    taken = frozenset(prompt.text for prompt in read_prompts(args.exclude, max_characters=400))
+    texts = distinct_prompts(args.number, args.seed, "rated-prompts", taken)
+    prompts = [Prompt(prompt_id(text), text, 1.0) for text in texts]
+    rows = [(p, k, "base", image) for p, k, image in base_pictures(args.base, prompts, args.seed, batch_size=64)]
+    rows += [(p, BASE_SAMPLES, "other", other_picture(p.text, args.seed)) for p in prompts]
+    rows.sort(key=lambda row: (row[0].id, row[1]))
+    table = pa.table(
+        {
+            "prompt_id": [row[0].id for row in rows],
+            "caption": [row[0].text for row in rows],
+            "sample_index": pa.array([row[1] for row in rows], pa.int32()),
+            "source": [row[2] for row in rows],
+            "image": pa.array([encode_jpeg(row[3]) for row in rows], pa.binary()),
+        }
+    )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_table(table, args.output)
+
+
+if __name__ == "__main__":
+    main()
