@@ -38,7 +38,7 @@ def _file(module: str) -> Path:
 
 
 def rewritten(text: str, prefix: str = "") -> str:
-    """The text of a dvc.yaml with the code lines of every stage renewed. ``prefix`` leads from its folder to the root."""
+    """The text of a dvc.yaml with every stage's code lines renewed. ``prefix`` leads from its folder to the root."""
     lines: list[str] = []
     module = None
     for line in text.splitlines():

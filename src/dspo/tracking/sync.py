@@ -1,0 +1,128 @@
+"""Bring MLflow up to date with the files: the workspace's run and every experiment of ``dvc exp run``.
+
+The files are the truth. A run is first copied to ``scratch/unsent/<key>``, then sent, then the copy is removed: what a
+dead server did not get waits there for the next call, even if the workspace has moved on. Runs are known by the hash of
+their parameters and outputs, so that each is sent once, however often this is called.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.api import DVCFileSystem
+from dvc.repo import Repo
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from dspo.environment import repository_root, scratch_root, tracking_uri
+from dspo.errors import UserError
+from dspo.tracking.mlflow_sink import MlflowSink
+from dspo.tracking.record import LOCK, RunRecord, collect, read_lock, run_key
+
+EXPERIMENT_REF = re.compile(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/(\S+)$")
+REFUSALS = (MlflowException, SQLAlchemyError, OSError)  # a server or database that is dead, slow or says no
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A place to read a run from: a commit, or the workspace (``commit`` None)."""
+
+    commit: str | None
+    stages: dict[str, Any]
+    tags: dict[str, str]
+
+
+def sync(uri: str | None = None, root: Path | None = None, first_timeout: int = 10) -> list[str]:
+    """Send what MLflow does not have yet; return the keys of the runs that were sent.
+
+    ``uri``: tracking server or database; default: ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` at the repository's root.
+    ``root``: the repository. ``first_timeout``: seconds that the server has for its first answer. Raises
+    :class:`UserError` if there is no run yet, or if MLflow did not take them; then they wait for the next call.
+    """
+    uri, root = uri or tracking_uri(), root or repository_root()
+    if not (root / LOCK).is_file():
+        raise UserError(f"{root / LOCK}: no such file. Run `dvc repro` first; there is nothing to send yet.")
+    unsent = root / scratch_root() / "unsent"
+    unsent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(unsent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would both find a run missing
+        return _sync(MlflowSink(uri, first_timeout), root, unsent)
+    finally:
+        os.close(lock)
+
+
+def _sync(sink: MlflowSink, root: Path, unsent: Path) -> list[str]:
+    known: set[str] = set()
+    refused: Exception | None = None
+    try:
+        known = sink.keys()
+    except REFUSALS as error:
+        refused = error
+    _collect_all(root, known, unsent)
+    waiting = sorted(folder for folder in unsent.iterdir() if (folder / "record.json").exists())
+    sent: list[str] = []
+    for folder in waiting:
+        if refused is None and folder.name not in known:
+            try:
+                sink.send(RunRecord.read(folder), folder)
+                sent.append(folder.name)
+            except REFUSALS as error:
+                refused = error
+        if refused is None:
+            shutil.rmtree(folder)
+    if refused is not None:
+        reason = (str(refused).splitlines() or [type(refused).__name__])[0]
+        raise UserError(f"{sink.uri}: MLflow did not take the runs; `dspo sync` sends what waits in {unsent}. {reason}")
+    return sent
+
+
+def _collect_all(root: Path, known: set[str], unsent: Path) -> None:
+    """Copy every run that MLflow does not have to a folder of its own below ``unsent``."""
+    for revision in (*_experiments(root), *_workspace(root)):
+        folder = unsent / run_key(revision.stages)
+        if folder.name in known or (folder / "record.json").exists():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+        try:
+            collect(DVCFileSystem(str(root), rev=revision.commit), revision.stages, revision.tags, folder)
+        except FileNotFoundError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            log.warning("not sent: %s; not in DVC's cache: %s", revision.tags["git.commit"], error.filename or error)
+
+
+def _experiments(root: Path) -> Iterator[Revision]:
+    for line in _git(root, "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps").splitlines():
+        ref, commit = line.split()
+        found = EXPERIMENT_REF.match(ref)
+        stages = read_lock(_git(root, "show", f"{commit}:{LOCK}").encode()) if found else None
+        if found and stages:
+            names = {"dvc.exp_name": found[3], "dvc.baseline_rev": found[1] + found[2]}
+            yield Revision(commit, stages, {"git.commit": commit, "git.dirty": "false", **names})
+
+
+def _workspace(root: Path) -> Iterator[Revision]:
+    """The workspace, if its outputs are those of its dvc.lock."""
+    stages = read_lock((root / LOCK).read_bytes())
+    with Repo(str(root)) as repo:
+        status = repo.status()
+    if stages is None or any("changed outs" in what for name in stages for what in status.get(name, [])):
+        log.warning("not sent: the workspace, which does not hold one whole run. Run `dvc repro`.")
+        return
+    dirty = bool(_git(root, "status", "--porcelain"))
+    yield Revision(
+        None, stages, {"git.commit": _git(root, "rev-parse", "HEAD").strip(), "git.dirty": str(dirty).lower()}
+    )
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """Output of a git command; empty where it fails, as in a repository without a commit."""
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False).stdout

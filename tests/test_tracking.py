@@ -1,0 +1,280 @@
+"""MLflow follows the files: whole, once and only once, and at no cost to the run when it is away."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import mlflow.diffusers
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import RESOLUTION, TEXT_WIDTH, save_tiny_pipeline, tiny_pipeline
+
+from dspo.errors import UserError
+from dspo.tracking.record import curves, numbers, read_lock
+from dspo.tracking.registry import as_diffusers
+from dspo.tracking.sync import sync
+
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+STAGES = """
+import json, pathlib, shutil, sys, yaml
+params = yaml.safe_load(open("params.yaml"))["worlds"]["shapes"]
+def write(path, value):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+if sys.argv[1] == "train":
+    shutil.copytree("prepared", "models/adapter", dirs_exist_ok=True)
+    write("models/training/log.csv", f"step,loss,note\\n1,{params['train']['lr']},a\\n2,0.5,b\\n")
+elif sys.argv[1] == "evaluate":
+    improved = params["evaluate"]["improved"]
+    write("data/evaluation/results.json", {"verdict": {"improved": {"gold_overall": improved, "second": True}}})
+else:
+    write("reports/summary.json", {"gold": {"win_rate": 0.8, "n": 3, "none": None}})
+    write("reports/index.html", "<p>figures</p>")
+"""
+PIPELINE = """
+stages:
+  train:
+    cmd: python stages.py train
+    params: [world, "worlds.${world}.base", "worlds.${world}.train"]
+    deps: [prepared]
+    outs: [models/adapter, models/training]
+  evaluate:
+    cmd: python stages.py evaluate
+    params: [world, "worlds.${world}.evaluate"]
+    deps: [models/adapter]
+    outs: [data/evaluation]
+  report:
+    cmd: python stages.py report
+    deps: [data/evaluation, models/training]
+    outs: [reports/index.html: {cache: false}]
+    metrics: [reports/summary.json: {cache: false}]
+artifacts:
+  adapter: {path: models/adapter, type: model}
+"""
+
+
+def shell(folder: Path, *command: str) -> None:
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    identity = {f"GIT_{who}_{what}": "tests@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env={"PATH": path, **identity})
+
+
+def set_params(folder: Path, base: Path, lr: float, improved: bool) -> None:
+    world = {
+        "base": {"model": str(base), "revision": None},
+        "train": {"lr": lr, "targets": ["to_k", "to_q"]},
+        "evaluate": {"improved": improved},
+    }
+    (folder / "params.yaml").write_text(json.dumps({"world": "shapes", "worlds": {"shapes": world}}))
+
+
+def dora_adapter(folder: Path) -> Path:
+    """An adapter of the tiny UNet whose every tensor was moved away from its start; alpha is not the rank."""
+    generator = torch.Generator().manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, use_dora=True, target_modules=TARGETS)
+    model = get_peft_model(tiny_pipeline().unet, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after `dvc repro`; tests work on copies of it."""
+    folder = tmp_path_factory.mktemp("tracking")
+    base = save_tiny_pipeline(folder / "base")
+    root = folder / "root"
+    root.mkdir()
+    dora_adapter(root / "prepared")
+    set_params(root, base, lr=0.1, improved=True)
+    (root / "stages.py").write_text(STAGES)
+    (root / "dvc.yaml").write_text(PIPELINE)
+    (root / ".gitignore").write_text("/models/\n/data/\n/scratch/\n/mlflow.db*\n/mlartifacts/\n")
+    shell(root, "git", "init", "--quiet")
+    shell(root, "dvc", "init", "--quiet")
+    shell(root, "dvc", "repro", "--quiet")
+    shell(root, "git", "add", ".")
+    shell(root, "git", "commit", "--quiet", "--message", "run")
+    return root
+
+
+@pytest.fixture
+def root(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "root"))
+
+
+@pytest.fixture
+def uri(root: Path) -> str:
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def runs(uri: str) -> list[mlflow.entities.Run]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("dspo")
+    return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
+
+
+def parents(uri: str) -> list[mlflow.entities.Run]:
+    return [run for run in runs(uri) if "mlflow.parentRunId" not in run.data.tags]
+
+
+def test_a_run_is_mirrored_whole_and_only_once(root: Path, uri: str) -> None:
+    assert len(sync(uri, root)) == 1
+    assert sync(uri, root) == []
+    (parent,) = parents(uri)
+    stages = {run.data.tags["dvc.stage"]: run for run in runs(uri) if run.info.run_id != parent.info.run_id}
+    assert sorted(stages) == ["evaluate", "report", "train"]
+
+    assert parent.data.params["train.lr"] == "0.1"
+    assert parent.data.params["train.targets"] == '["to_k", "to_q"]'
+    assert parent.data.metrics == {"summary.gold.win_rate": 0.8, "summary.gold.n": 3.0}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
+    tags = parent.data.tags
+    assert tags["git.commit"] == head.strip()
+    assert tags["git.dirty"] == "false"
+    assert len(tags["dvc.lock_md5"]) == len(tags["dvc.params_md5"]) == 32
+
+    client = MlflowClient(uri)
+    train = stages["train"]
+    assert train.data.tags["dvc.dep.prepared"].endswith(".dir")
+    curve = client.get_metric_history(train.info.run_id, "log.loss")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.1), (2, 0.5)]
+    assert [item.path for item in client.list_artifacts(train.info.run_id)] == ["adapter_config.json", "log.csv"]
+    assert {item.path for item in client.list_artifacts(stages["report"].info.run_id)} == {"index.html", "summary.json"}
+    assert list((root / "scratch/unsent").iterdir()) == []
+
+
+def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
+    root: Path, uri: str, finished_run: Path
+) -> None:
+    sync(uri, root)
+    version = MlflowClient(uri).get_model_version_by_alias("dspo-adapter-shapes", "champion")
+    assert {"git.commit", "dvc.lock_md5", "dvc.params_md5", "dvc.adapter_md5"} <= version.tags.keys()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    logged = mlflow.diffusers.load_model("models:/dspo-adapter-shapes@champion")
+    assert logged.base_model == str(finished_run.parent / "base")
+    pipe = logged.load_pipeline(device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(2, 4, 4, 4, generator=generator), torch.randn(2, 7, 2 * TEXT_WIDTH, generator=generator)
+    added = {"text_embeds": torch.randn(2, TEXT_WIDTH, generator=generator), "time_ids": torch.full((2, 6), 32.0)}
+
+    def predict(unet: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return unet(latents, torch.tensor([900, 10]), text, added_cond_kwargs=added).sample
+
+    plain = tiny_pipeline().unet
+    base = predict(plain)
+    trained = predict(PeftModel.from_pretrained(plain, root / "models/adapter").eval())
+    assert (trained - base).abs().max() > 1e-2
+    torch.testing.assert_close(predict(pipe.unet), trained, rtol=0, atol=1e-5)
+    image = pipe("a red circle", num_inference_steps=2, height=RESOLUTION, width=RESOLUTION, output_type="np").images[0]
+    assert image.shape == (RESOLUTION, RESOLUTION, 3)
+    assert np.isfinite(image).all()
+
+
+def test_the_champion_stays_when_the_gold_judge_does_not_see_a_gain(root: Path, uri: str) -> None:
+    sync(uri, root)
+    set_params(root, root.parent / "base", lr=0.2, improved=False)
+    config = root / "prepared/adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_dropout": 0.1', '"lora_dropout": 0.2'))
+    shell(root, "dvc", "repro", "--quiet")
+    assert len(sync(uri, root)) == 1
+    client = MlflowClient(uri)
+    assert len(client.search_model_versions("name = 'dspo-adapter-shapes'")) == 2
+    assert client.get_model_version_by_alias("dspo-adapter-shapes", "champion").version == 1
+    dirty = {run.data.params["train.lr"]: run.data.tags["git.dirty"] for run in parents(uri)}
+    assert dirty == {"0.1": "false", "0.2": "true"}
+
+
+def test_experiments_are_mirrored_under_their_names(root: Path, uri: str) -> None:
+    shell(root, "dvc", "exp", "run", "--quiet", "--temp", "-n", "hot", "-S", "worlds.shapes.train.lr=0.7")
+    assert len(sync(uri, root)) == 2
+    assert sync(uri, root) == []
+    by_lr = {run.data.params["train.lr"]: run.data.tags for run in parents(uri)}
+    assert by_lr["0.7"]["dvc.exp_name"] == "hot"
+    assert by_lr["0.7"]["dvc.baseline_rev"] == by_lr["0.1"]["git.commit"]
+    # The same adapter from another learning rate: one version of the registered model.
+    assert len(MlflowClient(uri).search_model_versions("name = 'dspo-adapter-shapes'")) == 1
+
+
+def test_what_a_silent_server_did_not_get_is_sent_later(root: Path, uri: str, silent_server: str) -> None:
+    with pytest.raises(UserError, match="dspo sync"):
+        sync(silent_server, root, first_timeout=1)
+    set_params(root, root.parent / "base", lr=0.3, improved=True)  # the workspace moves on
+    shell(root, "dvc", "repro", "--quiet")
+    with pytest.raises(UserError, match="dspo sync"):
+        sync("http://127.0.0.1:9", root, first_timeout=1)  # nothing listens there
+    assert len(sync(uri, root)) == 2
+    assert sorted(run.data.params["train.lr"] for run in parents(uri)) == ["0.1", "0.3"]
+
+
+def test_a_transfer_that_broke_off_is_made_again(root: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ConnectionResetError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dspo.tracking.mlflow_sink.register", broken)
+        with pytest.raises(UserError, match="gone"):
+            sync(uri, root)
+    assert len(sync(uri, root)) == 1
+    assert len(parents(uri)) == 1
+    assert len(runs(uri)) == 4
+
+
+def test_outputs_that_are_not_those_of_the_lock_are_not_sent(root: Path, uri: str) -> None:
+    log = root / "models/training/log.csv"
+    log.unlink()
+    log.write_text("step,loss\n1,0.0\n")
+    assert sync(uri, root) == []
+
+
+def test_without_a_run_the_message_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dvc repro"):
+        sync(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
+
+
+def test_a_lock_whose_stages_ran_on_different_outputs_is_no_run() -> None:
+    lock = """
+stages:
+  train: {outs: [{path: adapter, md5: new}]}
+  report: {deps: [{path: adapter, md5: OLD}]}
+"""
+    assert read_lock(lock.encode()) is None
+    assert read_lock(lock.replace("OLD", "new").encode()) is not None
+    assert read_lock(b"") is None
+
+
+def test_numbers_and_curves_of_files(tmp_path: Path) -> None:
+    values = {"a": {"b": 1, "flag": True, "missing": None}, "text": "x", "list": [1, 2], "nan": float("nan")}
+    assert dict(numbers(values)) == {"a.b": 1.0, "a.flag": 1.0}
+    table = tmp_path / "table.csv"
+    table.write_text("epoch,reward,name\n0,0.5,x\n1,,y\n2,0.7,z\n")
+    assert curves(table) == {"reward": [(0, 0.5), (2, 0.7)]}
+    table.write_text("epoch,part,reward\n0,1,0.5\n0,2,0.6\n")
+    assert curves(table) == {}
+
+
+def test_the_diffusers_file_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    adapter = dora_adapter(tmp_path / "adapter")
+    first, second = (as_diffusers(adapter, tmp_path / name / "weights.safetensors") for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
