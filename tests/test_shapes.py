@@ -1,0 +1,138 @@
+"""The world `shapes`: grammar and renderer agree, the gold judge knows its own renders and every defect costs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspo.errors import UserError
+from dspo.shapes.defects import KINDS, spoil
+from dspo.shapes.gold import judge
+from dspo.shapes.grammar import COLOURS, PATTERNS, POSITIONS, SHAPES, ObjectRequest, Request, parse, random_request
+from dspo.shapes.render import PALETTE, SIDE, Object, Scene, coverage, random_scene, render, render_float
+from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
+
+REQUESTS = [random_request(np.random.default_rng(i)) for i in range(40)]
+SCENES = [random_scene(request, np.random.default_rng(100 + i)) for i, request in enumerate(REQUESTS)]
+
+
+def to_pixels(picture: np.ndarray) -> np.ndarray:
+    return np.round(picture * 255).astype(np.uint8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_prompt_reads_back_as_its_request_and_leaves_something_free(seed: int) -> None:
+    request = random_request(np.random.default_rng(seed))
+    assert parse(request.prompt()) == request
+    wanted = [part for o in request.objects for part in (o.colour, o.size, o.pattern)]
+    assert None in (*wanted, request.background, request.position if len(request.objects) == 1 else "placed")
+    if request.relation is None and len(request.objects) == 1:
+        assert None in (wanted[1], wanted[2], request.position, request.background)
+
+
+@pytest.mark.parametrize("text", ["", "a circle ", "two circles", "A red circle", "a red circle at the top of a hill"])
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="grammar"):
+        parse(text)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_one_radius_have_equal_area(shape: str) -> None:
+    assert coverage(shape, 32.0, 32.0, 12.0).sum() == pytest.approx(np.pi * 12.0**2, rel=0.03)
+
+
+def test_palette_is_neither_burnt_nor_grey() -> None:
+    for rgb in PALETTE.values():
+        value, saturation = rgb.max(), (rgb.max() - rgb.min()) / rgb.max()
+        assert 0.35 <= saturation <= 0.85 and 0.35 <= value <= 0.85
+
+
+@pytest.mark.parametrize("request_, scene", zip(REQUESTS, SCENES, strict=True))
+def test_the_renderers_own_scene_is_fully_right_and_scores_high(request_: Request, scene: Scene) -> None:
+    gold = judge(render(scene), request_.prompt())
+    assert gold.fully_right
+    assert gold.alignment > 0.95
+    assert gold.overall > 0.85
+
+
+def wrong(scene: Scene, **changes: object) -> Scene:
+    return replace(scene, objects=(replace(scene.objects[0], **changes), *scene.objects[1:]))
+
+
+ONE = Request((ObjectRequest("star", "red", "large", "striped"),), "at the top left", None, "teal")
+ONE_SCENE = random_scene(ONE, np.random.default_rng(5))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "scene"),
+    [
+        ("colour_0", wrong(ONE_SCENE, colour="blue")),
+        ("shape_0", wrong(ONE_SCENE, shape="circle")),
+        ("size_0", wrong(ONE_SCENE, radius=6.6)),
+        ("pattern_0", wrong(ONE_SCENE, pattern="solid")),
+        ("pattern_0", wrong(ONE_SCENE, pattern="dotted")),
+        ("position", wrong(ONE_SCENE, x=44.0, y=44.0)),
+        ("background", replace(ONE_SCENE, background="pink")),
+        ("count", Scene((*ONE_SCENE.objects, Object("circle", "blue", "solid", 50.0, 50.0, 7.0)), "teal")),
+    ],
+)
+def test_a_wrong_attribute_is_found_and_named(attribute: str, scene: Scene) -> None:
+    right, gold = judge(render(ONE_SCENE), ONE.prompt()), judge(render(scene), ONE.prompt())
+    assert right.fully_right and not gold.fully_right
+    assert [name for name, score in gold.attributes.items() if score <= 0.5] == [attribute]
+    assert gold.overall < right.overall
+
+
+def test_swapped_objects_break_the_relation_alone() -> None:
+    request = Request((ObjectRequest("circle", "red"), ObjectRequest("square", "blue")), None, "left of", "yellow")
+    scene = random_scene(request, np.random.default_rng(3))
+    first, second = scene.objects
+    swapped = Scene((replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y)), scene.background)
+    gold = judge(render(swapped), request.prompt())
+    assert [name for name, score in gold.attributes.items() if score <= 0.5] == ["relation"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_defect_costs_the_more_the_stronger_it_is(kind: str) -> None:
+    mean = []
+    for strength in (0.0, 0.25, 0.5, 1.0):
+        spoilt = [spoil(render_float(s), kind, strength, np.random.default_rng(7)) for s in SCENES[:16]]
+        scores = [judge(to_pixels(p), r.prompt()).overall for p, r in zip(spoilt, REQUESTS, strict=False)]
+        mean.append(np.mean(scores))
+    assert np.all(np.diff(mean) < 0), mean
+
+
+def test_moving_away_costs_alignment_monotonically() -> None:
+    prompt = "a red circle at the left on a teal background"
+    scores = []
+    for x in (17.0, 26.0, 27.0, 32.0):
+        picture = render(Scene((Object("circle", "red", "solid", x, 32.0, 9.9),), "teal"))
+        scores.append(judge(picture, prompt).alignment)
+    assert np.all(np.diff(scores) < 0), scores
+
+
+def test_an_empty_or_noisy_picture_scores_low_and_breaks_nothing() -> None:
+    flat = np.full((SIDE, SIDE, 3), 128, np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    for picture in (flat, noise, np.zeros_like(flat), np.full_like(flat, 255)):
+        gold = judge(picture, "a red circle")
+        assert not gold.fully_right
+        assert 0 <= gold.overall < 0.3
+
+
+def test_fidelity_aesthetics_and_detail_do_not_know_the_prompt() -> None:
+    picture = render(SCENES[0])
+    one, other = judge(picture, "a red circle"), judge(picture, "a small blue star left of a pink ring")
+    assert (one.fidelity, one.aesthetics, one.detail) == (other.fidelity, other.aesthetics, other.detail)
+
+
+def test_the_tokenizer_knows_every_word_of_the_grammar_as_one_token() -> None:
+    tokenizer = new_tokenizer()
+    for word in (*SHAPES, *COLOURS, *PATTERNS, *" ".join(POSITIONS).split()):
+        assert len(tokenizer(word).input_ids) == 3, word
+    longest = max((request.prompt() for request in REQUESTS), key=lambda p: len(p.split()))
+    assert len(tokenizer(longest).input_ids) <= CONTEXT_LENGTH
+    assert tokenizer.eos_token_id == len(tokenizer) - 1
