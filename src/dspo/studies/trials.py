@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -115,10 +116,13 @@ class Trials:
         except UserError as error:
             return {"recipe": recipe.as_json(), "error": str(error)}
         seconds = time.monotonic() - start
+        drift = self._drift(adapter, recipe.train.batch_size)
+        if not math.isfinite(drift):
+            return {"recipe": recipe.as_json(), "error": "the adapter's predictions are no numbers"}
         return {
             "recipe": recipe.as_json(),
             "scores": self._judged(on),
-            "drift": self._drift(adapter, recipe.train.batch_size),
+            "drift": drift,
             "seconds": seconds,
         }
 

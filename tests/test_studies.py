@@ -1,0 +1,186 @@
+"""The studies: their plans, their tables, and trials on a tiny pipeline."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline
+
+from dspo.data.prompts import Prompt
+from dspo.params import Params, load_params
+from dspo.preference.dataset import Pairs
+from dspo.studies import trials as trials_module
+from dspo.studies.arms import ARMS, best, grid
+from dspo.studies.common import fresh_prompts
+from dspo.studies.losses_table import fared, flat, markdown, matched_drift, table
+from dspo.studies.overopt import some_rows
+from dspo.studies.pair_sets import NoScorer, both_ways
+from dspo.studies.trials import PromptSet, Recipe, Result, Trials, first_pairs
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> Params:
+    folder = tmp_path_factory.mktemp("studies")
+    save_tiny_pipeline(folder / "base")
+    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    world = raw["worlds"]["shapes"]
+    world["base"] |= {"model": str(folder / "base"), "resolution": 32}
+    world["evaluate"] |= {
+        "sampler": {"scheduler": "ddim", "steps": 1, "guidance_scale": 2.0},
+        "bootstrap_resamples": 50,
+    }
+    world["train"] |= {"rank": 2, "alpha": 2, "epochs": 1, "batch_size": 2, "loss": "dspo"}
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    return load_params(folder / "params.yaml")
+
+
+def made_up_pairs(count: int) -> Pairs:
+    draw = torch.Generator().manual_seed(0)
+    return Pairs(
+        ids=[f"pair {i}" for i in range(count)],
+        latents_w=torch.randn(count, 4, 4, 4, generator=draw).half(),
+        latents_l=torch.randn(count, 4, 4, 4, generator=draw).half(),
+        weight=torch.ones(count),
+        delta=torch.linspace(0.1, 0.9, count),
+        size=torch.full((count, 2), 32.0),
+        text_row=torch.arange(count) % 2,
+        embeds=torch.randn(3, TOKENS, 2 * TEXT_WIDTH, generator=draw),
+        pooled=torch.randn(3, TEXT_WIDTH, generator=draw),
+    )
+
+
+class Brightness:
+    """Stands in for all judges."""
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        return {"gold_overall": np.array([image.mean() for image in images])}
+
+
+def result(gold: float, drift: float = 0.1, count: int = 8) -> Result:
+    columns = ("gold_overall", "reward_overall", "gold_fully_right")
+    noise = np.random.default_rng(int(gold * 100)).normal(0, 0.01, count)
+    return Result(dict.fromkeys(columns, gold + noise), drift, 1.0)
+
+
+def test_fresh_prompts_are_new_distinct_and_keyed() -> None:
+    prompts = fresh_prompts(20, [], 0, "a")
+    assert len({prompt.text for prompt in prompts}) == 20
+    known = [prompt.text for prompt in prompts[:10]]
+    assert not {prompt.text for prompt in fresh_prompts(20, known, 0, "a")} & set(known)
+    assert fresh_prompts(20, [], 0, "a") == prompts != fresh_prompts(20, [], 0, "b")
+
+
+def test_every_arm_that_is_tuned_has_eight_settings(params: Params) -> None:
+    for arm in ARMS:
+        if arm.like is None:
+            settings = grid(arm, params.active.train, 10, 10)
+            assert len(settings) == len({s.model_dump_json() for s in settings}) == 8
+            assert {s.loss for s in settings} == {arm.loss}
+    assert {arm.like for arm in ARMS} - {None} <= {arm.name for arm in ARMS if arm.like is None}
+
+
+def test_arms_with_more_pairs_take_about_as_many_steps(params: Params) -> None:
+    train = params.active.train.model_copy(update={"epochs": 10})
+    assert {s.epochs for s in grid(ARMS[0], train, 100, 400)} == {2}  # round(2.5), to the even number
+
+
+def test_both_ways_makes_every_image_a_winner() -> None:
+    pairs = made_up_pairs(3)
+    doubled = both_ways(pairs)
+    assert len(doubled) == 6 and len(set(doubled.ids)) == 6
+    assert torch.equal(doubled.latents_w, torch.cat([pairs.latents_w, pairs.latents_l]))
+    assert torch.equal(doubled.delta[3:], -pairs.delta)
+
+
+def test_no_score_differs_by_image_and_is_keyed() -> None:
+    images = [np.full((4, 4, 3), value, dtype=np.uint8) for value in (1, 2, 1)]
+    scores = NoScorer(0).score(images, ["a"] * 3, 8)
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_some_rows_are_as_many_as_wanted_and_grow() -> None:
+    rows = pa.table({"pair_id": [str(i) for i in range(10)]})
+    few, more = (set(some_rows(rows, count, 0)["pair_id"].to_pylist()) for count in (3, 6))
+    assert len(few) == 3 and len(more) == 6 and few < more
+    assert some_rows(rows, 0, 0).equals(rows)
+
+
+def test_the_best_setting_is_never_one_that_ran_away(params: Params) -> None:
+    train = params.active.train
+    outcomes = [(train, None), (train, result(0.2)), (train, result(0.6)), (train, result(0.4))]
+    assert best(outcomes) is outcomes[2]
+    assert fared(outcomes[0])["ran_away"] is True
+
+
+def test_the_table_compares_and_corrects(params: Params) -> None:
+    finals = {
+        "sft": [result(0.50), result(0.52)],
+        "dpo": [result(0.30), result(0.32)],
+        "dspo": [result(0.60), result(0.62)],
+        "dspo, beta = 0": [result(0.60), result(0.62)],
+        "ipo": [result(0.5), None],
+    }
+    figures = table(finals, result(0.4), 4, params)
+    contests = {(row["first"], row["second"]): row for row in figures["head_to_head"]}
+    assert set(contests) == {
+        ("dpo", "sft"), ("dspo", "sft"), ("dspo, beta = 0", "sft"), ("dspo", "dpo"), ("dspo, beta = 0", "dpo"),
+        ("dspo", "dspo, beta = 0"),
+    }  # fmt: skip
+    assert contests["dspo", "sft"]["win_rate"] == 1 and contests["dpo", "sft"]["win_rate"] == 0
+    assert contests["dspo", "dspo, beta = 0"]["win_rate"] is None  # all ties
+    assert not contests["dspo", "dspo, beta = 0"]["separable"]
+    assert all(row["p_holm"] >= row["p_value"] for row in contests.values())
+    assert figures["arms"]["ipo"] == dict.fromkeys(
+        ("against_base", "gold", "proxy", "fully_right", "drift", "training_seconds")
+    ) | {"ran_away": 1}
+    assert flat(figures["arms"]["dpo"])["win_rate_over_base"] == 0
+    settings = {"trials": 8, "seeds": 2, "prompts": 4, "images_per_prompt": 2}
+    text = markdown(figures | {"settings": settings})
+    assert "| dspo | 1.00 [1.00, 1.00] | 1.00" in text and "| ipo |" in text and "ran away |" in text
+
+
+def test_matched_drift_takes_the_nearest_trial(params: Params) -> None:
+    train = params.active.train
+    tuning = {
+        "sft": [(train, result(0.5, drift=0.10))],
+        "dpo": [(train, result(0.9, drift=0.9)), (train, result(0.4, drift=0.12)), (train, None)],
+        "ipo": [(train, None)],
+    }
+    rows = matched_drift(tuning, [str(i) for i in range(8)], params)
+    assert rows["dpo"]["drift"] == 0.12 and rows["dpo"]["gold_less_sft"]["value"] == pytest.approx(-0.1, abs=0.02)
+    assert "ipo" not in rows
+
+
+def test_a_trial_is_made_once(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPO_DEVICE", "cpu")
+    pairs = made_up_pairs(4)
+    trials = Trials(params, Brightness(), {"reward": (pairs, first_pairs(pairs, 1))}, tmp_path)  # type: ignore[arg-type]
+    on = PromptSet("two", [Prompt("a", "a red circle"), Prompt("b", "a small star")], 2, 7)
+    recipe = Recipe("reward", params.active.train, seed=3)
+    base, tuned = trials.base(on), trials.run(recipe, on)
+    assert tuned is not None and base.scores["gold_overall"].shape == (4,)
+    assert tuned.drift > 0 and not np.array_equal(base.scores["gold_overall"], tuned.scores["gold_overall"])
+    monkeypatch.setattr(trials_module, "train", None)
+    again = trials.run(recipe, on)
+    assert again is not None and np.array_equal(again.scores["gold_overall"], tuned.scores["gold_overall"])
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json"]
+    assert np.array_equal(Trials(params, Brightness(), trials.pairs, tmp_path / "new").base(on).scores["gold_overall"],
+                          base.scores["gold_overall"])  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_a_training_that_runs_away_is_remembered(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPO_DEVICE", "cpu")
+    pairs = made_up_pairs(4)
+    trials = Trials(params, Brightness(), {"reward": (pairs, pairs)}, tmp_path)  # type: ignore[arg-type]
+    train = params.active.train.model_copy(update={"lr": 1e30, "epochs": 2})
+    on = PromptSet("one", [Prompt("a", "a red circle")], 1, 7)
+    assert trials.run(Recipe("reward", train, 0), on) is None
+    assert trials.run(Recipe("reward", train, 0), on) is None
