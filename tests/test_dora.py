@@ -242,7 +242,7 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     name = next(name for name in tensors if name.endswith("lora_A.weight"))
 
     save_file({n: t for n, t in tensors.items() if n != name}, weights)
-    with pytest.raises(UserError, match="lacks it.*models/some-base"):
+    with pytest.raises(UserError, match=r"lacks it.*models/some-base"):
         load_adapter(unet(), tmp_path)
 
     save_file({**tensors, name: torch.zeros(4, 7)}, weights)

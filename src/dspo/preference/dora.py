@@ -73,9 +73,8 @@ class FastDora(DoraLinearVariant):
         low_rank = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
         if self.exact_dropout and dropout.training:
             g = magnitude / self.norm
-            extra = (g - 1) * F.linear(dropped, self.W) + g * (self.scaling * low_rank)
-            result = result + extra.to(result.dtype)
-            return result
+            extra: Tensor = (g - 1) * F.linear(dropped, self.W) + g * (self.scaling * low_rank)
+            return extra.to(result.dtype) + result
         bias = module.get_base_layer().bias
         rescaled: Tensor = Rescale.apply(result, low_rank, magnitude, self.norm, bias, self.scaling)
         return rescaled
@@ -114,6 +113,7 @@ class Adapter:
 
     def __init__(self, unet: UNet2DConditionModel, config: LoraConfig, seed: int, exact_dropout: bool) -> None:
         self.unet = unet
+        self.device, self.dtype = unet.device, unet.dtype  # of the base; the UNet finds them by a walk of its modules
         self.config = config
         self._peft = get_peft_model(unet, config, adapter_name=NAME)
         self.layers = [module for module in unet.modules() if isinstance(module, LoraLinear)]

@@ -26,7 +26,7 @@ class Method:
         self.pull_strength = {"dspo": params.lam, "dspo_official_sd15": params.beta}.get(params.loss)
 
     def batch(self, pairs: Pairs, draws: Sequence[Draw]) -> Batch:
-        return make_batch(pairs, draws, self.schedule, self.adapter.unet.dtype, self.adapter.unet.device)
+        return make_batch(pairs, draws, self.schedule, self.adapter.dtype, self.adapter.device)
 
     def losses(self, batch: Batch, needs: Needs) -> tuple[Tensor, Columns]:
         """Loss of every pair, [B], and the diagnostics that ``needs`` allows for."""

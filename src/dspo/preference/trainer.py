@@ -77,7 +77,7 @@ def train(
     if not state.epochs:
         state.epochs.append(check(method, state, held_out, params, seed, reward_check))
 
-    cuda = [adapter.unet.device] if adapter.unet.device.type == "cuda" else []
+    cuda = [adapter.device] if adapter.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # the adapter's dropout draws from the global generator
         for step in progress(range(state.step, n_steps), n_steps - state.step, "train"):
             epoch, step_in_epoch = divmod(step, steps_per_epoch)
@@ -87,7 +87,7 @@ def train(
                 group["lr"] = params.lr * min(1.0, (step + 1) / max(1, params.warmup_steps))
 
             adapter.train(True)
-            loss = torch.zeros((), device=adapter.unet.device)
+            loss = torch.zeros((), device=adapter.device)
             measured = []
             for start in range(0, len(rows), params.batch_size):
                 draws = [
@@ -148,7 +148,7 @@ def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainPara
     if not (folder / CHECKPOINT).exists():
         ema = None if params.ema_decay is None else initial
         return TrainingState(step=0, adapter=initial, optimizer=optimizer.state_dict(), ema=ema)
-    state = load_checkpoint(folder / CHECKPOINT, initial, adapter.unet.device)
+    state = load_checkpoint(folder / CHECKPOINT, initial, adapter.device)
     adapter.load(state.adapter)
     optimizer.load_state_dict(state.optimizer)
     for row in state.log:

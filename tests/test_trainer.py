@@ -1,0 +1,440 @@
+"""The training loop: exact resume, independence of how batches are cut, controls, selection, and the stage."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeline
+
+from dspo.data.images import write_table
+from dspo.data.records import PAIRS
+from dspo.errors import UserError
+from dspo.params import LossName, TrainParams, load_params
+from dspo.preference import trainer
+from dspo.preference.checkpoint import load_checkpoint
+from dspo.preference.dataset import (
+    Draw,
+    Pairs,
+    epoch_order,
+    held_out_draws,
+    load_pairs,
+    make_batch,
+    training_draw,
+    with_random_labels,
+)
+from dspo.preference.dora import Adapter, add_dora
+from dspo.preference.losses import NEEDS
+from dspo.preference.method import Method, predict
+from dspo.preference.schedule import NoiseSchedule
+from dspo.preference.trainer import CHECKPOINT, LOG, Trained, train
+
+CPU = torch.device("cpu")
+
+
+def params(**changes: object) -> TrainParams:
+    small = {
+        "rank": 2,
+        "alpha": 2,
+        "dropout": 0.1,
+        "lr": 1e-3,
+        "epochs": 2,
+        "batch_size": 3,
+        "warmup_steps": 2,
+        "checkpoint_every_steps": 2,
+        "beta": 30.0,
+    }
+    return load_params(Path("params.yaml")).worlds["shapes"].train.model_copy(update={**small, **changes})
+
+
+def make_pairs(n: int, seed: int = 0) -> Pairs:
+    g = torch.Generator().manual_seed(seed)
+    winner = torch.randn(n, 4, 4, 4, generator=g)
+    return Pairs(
+        ids=[f"pair{seed}-{i}" for i in range(n)],
+        latents_w=(0.8 * winner + 0.5).half(),
+        latents_l=(0.8 * torch.randn(n, 4, 4, 4, generator=g) - 0.5).half(),
+        weight=torch.linspace(0.5, 1.5, n),
+        delta=torch.rand(n, generator=g),
+        size=torch.tensor([[32.0, 32.0]]).repeat(n, 1),
+        text_row=torch.arange(n) % 2,
+        embeds=torch.randn(3, TOKENS, 2 * TEXT_WIDTH, generator=g),
+        pooled=torch.randn(3, TEXT_WIDTH, generator=g),
+    )
+
+
+def make_adapter(p: TrainParams, prediction_type: str = "epsilon") -> tuple[Adapter, NoiseSchedule]:
+    pipe = tiny_pipeline(prediction_type=prediction_type)
+    return add_dora(pipe.unet, p, seed=0), NoiseSchedule.of(pipe.scheduler, CPU)
+
+
+def run(p: TrainParams, folder: Path, n: int = 7, **keywords: object) -> Trained:
+    adapter, schedule = make_adapter(p)
+    return train(adapter, schedule, make_pairs(n), make_pairs(2, seed=1), p, 0, folder, **keywords)  # type: ignore[arg-type]
+
+
+def same(a: Trained, b: Trained) -> bool:
+    return all(torch.equal(a.adapter[name], b.adapter[name]) for name in a.adapter) and a == replace(
+        b, adapter=a.adapter
+    )
+
+
+class Killed(BaseException):
+    pass
+
+
+# Calls of the clipping, one per step: before the first checkpoint, between two, in the first step of an epoch.
+@pytest.mark.parametrize(("ema_decay", "at_call"), [(None, 2), (0.9, 6), (None, 9)])
+def test_killed_and_resumed_is_the_uninterrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema_decay: float | None, at_call: int
+) -> None:
+    p = params(ema_decay=ema_decay, batch_size=2, gradient_accumulation_steps=1, epochs=3)
+
+    def reward_check(unet: torch.nn.Module) -> float:
+        return sum(w.double().sum().item() for name, w in unet.named_parameters() if "lora_B" in name)
+
+    whole = run(p, tmp_path / "whole", reward_check=reward_check)
+    assert whole.steps == 12
+    assert len(whole.epochs) == 4
+
+    calls = 0
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clip_then_die(*args: object, **keywords: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            raise Killed
+        return clip(*args, **keywords)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_then_die)
+        with pytest.raises(Killed):
+            run(p, tmp_path / "killed", reward_check=reward_check)
+    resumed = run(p, tmp_path / "killed", reward_check=reward_check)
+    assert same(resumed, whole)
+    assert (tmp_path / "killed" / LOG).read_bytes() == (tmp_path / "whole" / LOG).read_bytes()
+
+
+def test_finished_run_called_again_does_nothing_new(tmp_path: Path) -> None:
+    first = run(params(), tmp_path)
+    assert same(run(params(), tmp_path), first)
+
+
+@pytest.mark.parametrize("loss", ["dspo", "dpo", "mapo", "sft"])
+def test_cutting_the_batch_changes_nothing(tmp_path: Path, loss: LossName) -> None:
+    cuts = [(6, 1), (3, 2), (2, 3), (1, 6)]
+    results = []
+    for batch_size, accumulation in cuts:
+        p = params(loss=loss, batch_size=batch_size, gradient_accumulation_steps=accumulation, dropout=0.0, epochs=1)
+        # 8 pairs: the epoch's last step has 2.
+        results.append(run(p, tmp_path / f"{batch_size}", n=8))
+    for other in results[1:]:
+        assert other.steps == results[0].steps == 2
+        for row, expected in zip(other.log, results[0].log, strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+            if NEEDS[loss].reference:
+                assert row["u_std"] == pytest.approx(expected["u_std"], rel=1e-2, abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain = run(params(), tmp_path / "plain")
+    checkpointed = run(params(gradient_checkpointing=True), tmp_path / "checkpointed")
+    for a, b in zip(plain.log, checkpointed.log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", NEEDS)
+def test_every_loss_trains(tmp_path: Path, loss: LossName) -> None:
+    trained = run(params(loss=loss, epochs=1), tmp_path)
+    first, start = trained.log[0], trained.epochs[0]
+    assert trained.steps == 3
+    assert len(trained.epochs) == 2
+    assert trained.best_epoch == 1
+    assert start["u_std"] == start["margin"] == 0
+    assert start["implicit_accuracy"] == 0.5
+    assert trained.epochs[1]["margin"] != 0
+    assert (first["u_std"] is not None) == NEEDS[loss].reference
+    if loss == "dpo":
+        assert start["loss"] == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_learning_lowers_the_held_out_loss(tmp_path: Path) -> None:
+    strong = params(loss="dpo", beta=1000.0, lr=5e-3, epochs=4, batch_size=4, dropout=0.0)
+    trained = run(strong, tmp_path, n=12)
+    assert trained.epochs[-1]["loss"] < trained.epochs[0]["loss"] - 0.1
+    assert trained.epochs[-1]["implicit_accuracy"] > 0.7
+
+
+def test_v_prediction_trains(tmp_path: Path) -> None:
+    p = params(epochs=1)
+    adapter, schedule = make_adapter(p, "v_prediction")
+    assert schedule.prediction_type == "v_prediction"
+    trained = train(adapter, schedule, make_pairs(6), make_pairs(2, 1), p, 0, tmp_path)
+    assert trained.steps == 2
+
+
+@pytest.mark.parametrize(("loss", "images"), [("sft", 2), ("mapo", 4), ("dspo", 8), ("dpo", 8)])
+def test_no_forward_pass_is_wasted(loss: LossName, images: int) -> None:
+    """Images through the UNet for two pairs. dspo: reference of both, the loser without, the winner with a graph."""
+    p = params(loss=loss)
+    adapter, schedule = make_adapter(p)
+    seen = []
+    adapter.unet.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    batch = Method(adapter, schedule, p, False).batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
+    predictions = predict(adapter, batch, NEEDS[loss])
+    assert sum(seen) == images
+    assert predictions.e_w.requires_grad
+    if predictions.e_l is not None:
+        assert predictions.e_l.requires_grad == (NEEDS[loss].loser == "gradient")
+
+
+def test_best_epoch_is_the_one_with_the_highest_reward(tmp_path: Path) -> None:
+    rewards = iter([9.0, 0.2, 0.8, 0.8])  # the untrained adapter's is never chosen, the first of equals is
+    states = []
+
+    def reward_check(unet: torch.nn.Module) -> float:
+        states.append({n: w.detach().clone() for n, w in unet.named_parameters() if "lora_" in n})
+        return next(rewards)
+
+    p = params(epochs=3)
+    adapter, schedule = make_adapter(p)
+    trained = train(adapter, schedule, make_pairs(6), make_pairs(2, 1), p, 0, tmp_path, reward_check)
+    assert trained.best_epoch == 2
+    assert [row["reward"] for row in trained.epochs] == [9.0, 0.2, 0.8, 0.8]
+    for name, tensor in states[2].items():
+        assert torch.equal(trained.adapter[name], tensor)
+        assert torch.equal(adapter.parameters[name], tensor)
+
+
+def test_average_is_what_is_checked_and_kept(tmp_path: Path) -> None:
+    raw = run(params(epochs=1), tmp_path / "raw")
+    averaged = run(params(epochs=1, ema_decay=0.5), tmp_path / "ema")
+    assert averaged.log == raw.log
+    assert averaged.epochs[1] != raw.epochs[1]
+    name = next(name for name in raw.adapter if "lora_B" in name)
+    assert averaged.adapter[name].norm() < raw.adapter[name].norm()
+
+
+def test_warm_up_is_linear_then_constant(tmp_path: Path) -> None:
+    trained = run(params(warmup_steps=4), tmp_path)
+    assert [row["lr"] for row in trained.log] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_draws_depend_on_the_pair_and_not_on_its_place() -> None:
+    pairs = make_pairs(6)
+    turned = replace(pairs, ids=pairs.ids[::-1])
+    for epoch in (0, 1):
+        order = [pairs.ids[row] for row in epoch_order(pairs, 0, epoch)]
+        assert order == [turned.ids[row] for row in epoch_order(turned, 0, epoch)]
+        for row in range(6):
+            a = training_draw(pairs, row, 0, epoch, 1000, 0.5)
+            b = training_draw(turned, 5 - row, 0, epoch, 1000, 0.5)
+            assert a == replace(b, row=row)
+            assert 0 <= a.t < 1000
+    assert epoch_order(pairs, 0, 0) != epoch_order(pairs, 0, 1)
+
+
+def test_winner_and_loser_share_noise_and_timestep() -> None:
+    pairs, schedule = make_pairs(3), make_adapter(params())[1]
+    pairs = replace(pairs, size=torch.tensor([[40.0, 48.0]]).repeat(3, 1))
+    batch = make_batch(pairs, [Draw(1, 300, 5), Draw(2, 10, 6, drop_prompt=True)], schedule, torch.float32, CPU)
+    assert torch.equal(batch.target_w, batch.target_l)
+    a = schedule.alphas_cumprod[batch.t].view(-1, 1, 1, 1)
+    for noisy, latents in ((batch.noisy_w, pairs.latents_w), (batch.noisy_l, pairs.latents_l)):
+        torch.testing.assert_close(noisy, a.sqrt() * latents[1:].float() + (1 - a).sqrt() * batch.target_w)
+    assert torch.equal(batch.embeds, torch.stack([pairs.embeds[1], pairs.embeds[-1]]))
+    assert torch.equal(batch.pooled, torch.stack([pairs.pooled[1], pairs.pooled[-1]]))
+    assert batch.time_ids.tolist() == [[40, 48, 0, 0, 40, 48]] * 2
+
+
+def test_held_out_draws_cover_the_quartiles() -> None:
+    draws = held_out_draws(make_pairs(5), 0, 1000)
+    assert [draw.t * 4 // 1000 for draw in draws] == [0, 1, 2, 3] * 5
+    assert draws == held_out_draws(make_pairs(5), 0, 1000)
+    assert not any(draw.drop_prompt for draw in draws)
+
+
+def test_random_labels_swap_whole_pairs() -> None:
+    pairs = make_pairs(40)
+    coin = with_random_labels(pairs, 0)
+    swapped = [not torch.equal(a, b) for a, b in zip(coin.latents_w, pairs.latents_w, strict=True)]
+    assert 8 < sum(swapped) < 32
+    for row, swap in enumerate(swapped):
+        source = pairs.latents_l if swap else pairs.latents_w
+        assert torch.equal(coin.latents_w[row], source[row])
+        assert coin.delta[row] == (-pairs.delta[row] if swap else pairs.delta[row])
+
+
+def test_loss_that_is_no_number_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lower"):
+        run(params(lr=1e30, warmup_steps=0, epochs=3), tmp_path)
+
+
+def test_weights_of_zero_are_a_users_mistake(tmp_path: Path) -> None:
+    adapter, schedule = make_adapter(params())
+    nothing = replace(make_pairs(4), weight=torch.zeros(4))
+    with pytest.raises(UserError, match="weight 0"):
+        train(adapter, schedule, nothing, make_pairs(2, 1), params(), 0, tmp_path)
+
+
+def test_checkpoint_of_another_adapter_is_a_users_mistake(tmp_path: Path) -> None:
+    run(params(epochs=1), tmp_path)
+    with pytest.raises(UserError, match="another model or adapter"):
+        run(params(epochs=1, rank=3), tmp_path)
+    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:500])
+    with pytest.raises(UserError, match="not a training checkpoint"):
+        run(params(epochs=1), tmp_path)
+
+
+def test_checkpoint_loads_without_running_code(tmp_path: Path) -> None:
+    trained = run(params(epochs=1, ema_decay=0.9), tmp_path)
+    assert isinstance(torch.load(tmp_path / CHECKPOINT, weights_only=True), dict)
+    state = load_checkpoint(tmp_path / CHECKPOINT, trained.adapter, CPU)
+    assert state.step == trained.steps
+    assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == trained.log
+
+
+def write_pairs_folder(folder: Path, n: int = 4) -> None:
+    """What the stage `score` leaves, of random latents."""
+    pairs = make_pairs(n)
+    for name, rows in (("train", range(n - 1)), ("validation", range(n - 1, n))):
+        columns: dict[str, list[object]] = {field.name: [None] * len(rows) for field in PAIRS}
+        columns |= {
+            "pair_id": [pairs.ids[i] for i in rows],
+            "prompt_id": [f"prompt{i % 2}" for i in rows],
+            "weight": [float(pairs.weight[i]) for i in rows],
+            "rca_0": [0.8 for _ in rows],
+            "rca_1": [0.3 for _ in rows],
+            "width": [32 for _ in rows],
+            "height": [24 for _ in rows],
+            "latent_0": [pairs.latents_w[i].numpy().tobytes() for i in rows],
+            "latent_1": [pairs.latents_l[i].numpy().tobytes() for i in rows],
+            "latent_shape": [[4, 4, 4] for _ in rows],
+        }
+        write_table(pa.table(columns, schema=PAIRS), folder / f"{name}.parquet")
+    names = ("prompt0", "prompt1", "null")
+    text = {f"{name}.embeds": pairs.embeds[i].clone() for i, name in enumerate(names)}
+    save_file(
+        text | {f"{name}.pooled": pairs.pooled[i].clone() for i, name in enumerate(names)}, folder / "text.safetensors"
+    )
+
+
+def test_pairs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    write_pairs_folder(tmp_path)
+    pairs, held_out = load_pairs(tmp_path)
+    expected = make_pairs(4)
+    assert (len(pairs), len(held_out)) == (3, 1)
+    assert torch.equal(pairs.latents_w, expected.latents_w[:3])
+    assert torch.equal(pairs.latents_l, expected.latents_l[:3])
+    assert pairs.size.tolist() == [[24, 32]] * 3
+    torch.testing.assert_close(pairs.delta, torch.full((3,), 0.5))
+    assert pairs.text_row.tolist() == [0, 1, 0]
+    assert torch.equal(pairs.embeds, expected.embeds)
+    assert torch.equal(pairs.pooled, expected.pooled)
+
+
+def test_bad_pairs_are_a_users_mistake(tmp_path: Path) -> None:
+    write_pairs_folder(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "a")
+    write_table(pa.table({f.name: [] for f in PAIRS}, schema=PAIRS), tmp_path / "a" / "train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet: no pairs"):
+        load_pairs(tmp_path / "a")
+    (tmp_path / "text.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a whole safetensors"):
+        load_pairs(tmp_path)
+    (tmp_path / "text.safetensors").unlink()
+    with pytest.raises(UserError, match=r"text\.safetensors: no such file"):
+        load_pairs(tmp_path)
+
+
+def test_unknown_prediction_type_is_a_users_mistake() -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(UserError, match="'sample'"):
+        NoiseSchedule.of(pipe.scheduler, CPU)
+
+
+class FakeScorer:
+    heads = ("alignment", "overall")
+
+    def score(self, images: list[np.ndarray], captions: list[str], batch_size: int) -> np.ndarray:
+        assert len(images) == len(captions)
+        return np.array([[0.0, image.mean() / 255] for image in images], dtype=np.float32)
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_stage_writes_adapter_and_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: bool) -> None:
+    from dspo.stages import train as stage
+
+    params_file = tmp_path / "params.yaml"
+    text = Path("params.yaml").read_text()
+    base = save_tiny_pipeline(tmp_path / "base")
+    for old, new in (
+        ("model: models/shapes-sdxl", f"model: {base}"),
+        ("resolution: 64", "resolution: 32"),
+        ("epochs: 10", "epochs: 2"),
+        ("steps: 12", "steps: 2"),
+        ("checkpoint_every_steps: 25", "checkpoint_every_steps: 1"),
+        ("validation_prompts: 32", "validation_prompts: 2"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    params_file.write_text(text)
+    (tmp_path / "pairs").mkdir()
+    write_pairs_folder(tmp_path / "pairs", n=20)
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "prompts.csv").write_text("prompt_id,prompt,weight\na,a red ball,1.0\nb,a blue box,1.0\nc,x,1.0\n")
+    monkeypatch.setattr(stage, "load_reward", lambda _folder, _device: FakeScorer())
+
+    def go(name: str) -> Path:
+        monkeypatch.setenv("DSPO_SCRATCH", str(tmp_path / f"scratch-{name}"))
+        out = tmp_path / name
+        places = {"params": params_file, "pairs": tmp_path / "pairs", "reward": tmp_path / "reward"}
+        places |= {"validation-prompts": tmp_path / "prompts.csv", "output": out / "adapter", "log": out / "training"}
+        stage.main([part for key, place in places.items() for part in (f"--{key}", str(place))])
+        return out
+
+    first = go("first")
+    if kill:
+        saves = 0
+        save = trainer.save_checkpoint
+
+        def save_then_die(*args: object) -> None:
+            nonlocal saves
+            save(*args)  # type: ignore[arg-type]
+            saves += 1
+            if saves == 1:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "save_checkpoint", save_then_die)
+            with pytest.raises(Killed):
+                go("second")
+        assert not (tmp_path / "second").exists()
+    second = go("second")
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    names = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    assert [str(file) for file in files] == [
+        *names,
+        *(f"training/{n}" for n in ("epochs.csv", "log.csv", "metrics.json")),
+    ]
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+    metrics = json.loads((first / "training" / "metrics.json").read_text())
+    assert metrics["pairs"] == 19
+    assert metrics["steps"] == 4
+    with (first / "training" / "epochs.csv").open() as file:
+        epochs = list(csv.DictReader(file))
+    assert [row["epoch"] for row in epochs] == ["0", "1", "2"]
+    assert metrics["reward"] == max(float(row["reward"]) for row in epochs[1:])
+    assert metrics["reward_base"] == float(epochs[0]["reward"])
+    assert float(epochs[0]["margin"]) == 0
