@@ -105,6 +105,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shell(root, "git", "init", "--quiet")
     shell(root, "dvc", "init", "--quiet")
     shell(root, "dvc", "repro", "--quiet")
+    MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_experiments()  # the tables, which take seconds to make
     shell(root, "git", "add", ".")
     shell(root, "git", "commit", "--quiet", "--message", "run")
     return root

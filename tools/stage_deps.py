@@ -15,9 +15,9 @@ from pathlib import Path
 import grimp
 
 SOURCE = Path("src")
-STAGE = re.compile(r"^  (\w+):\s*$")
+STAGE = re.compile(r"^  ([\w-]+):\s*$")
 MODULE = re.compile(r"-m (dspo\.[\w.]+)")
-CODE_LINE = re.compile(r"^      - \S*src/dspo/\S+\.py$")
+CODE_LINE = re.compile(r"^      - src/dspo/\S+\.py$")
 
 
 @cache
@@ -37,8 +37,8 @@ def _file(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def rewritten(text: str, prefix: str = "") -> str:
-    """The text of a dvc.yaml with every stage's code lines renewed. ``prefix`` leads from its folder to the root."""
+def rewritten(text: str) -> str:
+    """The text of a dvc.yaml with every stage's code lines renewed. Stages run in the repository's root."""
     lines: list[str] = []
     module = None
     for line in text.splitlines():
@@ -50,7 +50,7 @@ def rewritten(text: str, prefix: str = "") -> str:
             continue
         lines.append(line)
         if line == "    deps:" and module:
-            lines += [f"      - {prefix}{path}" for path in code_of(module)]
+            lines += [f"      - {path}" for path in code_of(module)]
     return "\n".join(lines) + "\n"
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     stale = False
     for file in args.files:
         text = file.read_text(encoding="utf-8")
-        new = rewritten(text, "../" * (len(file.parts) - 1))
+        new = rewritten(text)
         if new == text:
             continue
         stale = True

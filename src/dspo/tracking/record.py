@@ -22,7 +22,6 @@ from dspo.data.files import read_json, write_json
 LOCK = "dvc.lock"
 TRAIN, LAST = "train", "report"  # stages
 SHOWN = {".json", ".csv", ".png", ".html", ".jsonl"}  # files that people look at; images and weights stay with DVC
-LARGEST = 20_000_000  # bytes of a shown file
 STEP_COLUMNS = ("step", "epoch")
 
 Series = list[tuple[int, float]]
@@ -85,7 +84,7 @@ def collect(files: DVCFileSystem, stages: Mapping[str, Any], tags: Mapping[str, 
     params = {name: _params(stage) for name, stage in stages.items()}
     train = params[TRAIN]
     adapter = yaml.safe_load(files.read_bytes("dvc.yaml"))["artifacts"]["adapter"]["path"]
-    _copy(files, adapter, folder / "adapter", lambda path, size: True)
+    _copy(files, adapter, folder / "adapter", lambda path: True)
     record = RunRecord(
         key=run_key(stages),
         world=train["world"],
@@ -111,7 +110,7 @@ def _md5(files: DVCFileSystem, path: str) -> str:
 
 def _stage(files: DVCFileSystem, name: str, params: dict[str, str], lock: Any, folder: Path) -> StageRecord:
     for out in lock.get("outs", []):
-        _copy(files, out["path"], folder, _is_shown)
+        _copy(files, out["path"], folder, lambda path: path.suffix in SHOWN)
     shown = sorted(path for path in folder.rglob("*") if path.is_file())
     metrics: dict[str, float] = {}
     series: dict[str, Series] = {}
@@ -129,19 +128,15 @@ def _stage(files: DVCFileSystem, name: str, params: dict[str, str], lock: Any, f
     return StageRecord(name, params, metrics, series, hashes)
 
 
-def _copy(files: DVCFileSystem, out: str, folder: Path, wanted: Callable[[PurePosixPath, int], bool]) -> None:
+def _copy(files: DVCFileSystem, out: str, folder: Path, wanted: Callable[[PurePosixPath], bool]) -> None:
     """Copy the wanted files of an output, a file or a folder, to ``folder``."""
-    for name, info in files.find(out, detail=True).items():
+    for name in files.find(out):
         path = PurePosixPath(name.lstrip("/"))
-        if wanted(path, info["size"]):
+        if wanted(path):
             inside = path.relative_to(out)
             target = folder / (inside if inside.name else path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             files.get_file(name, str(target))
-
-
-def _is_shown(path: PurePosixPath, size: int) -> bool:
-    return path.suffix in SHOWN and size <= LARGEST
 
 
 def _params(lock: Any) -> dict[str, str]:

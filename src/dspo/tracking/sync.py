@@ -113,8 +113,8 @@ def _workspace(root: Path) -> Iterator[Revision]:
     """The workspace, if its outputs are those of its dvc.lock."""
     stages = read_lock((root / LOCK).read_bytes())
     with Repo(str(root)) as repo:
-        status = repo.status()
-    if stages is None or any("changed outs" in what for name in stages for what in status.get(name, [])):
+        changed = any(out.status() for out in repo.index.outs if out.stage.path_in_repo == "dvc.yaml")
+    if stages is None or changed:
         log.warning("not sent: the workspace, which does not hold one whole run. Run `dvc repro`.")
         return
     dirty = bool(_git(root, "status", "--porcelain"))
