@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 TEXT_WIDTH = 96
 CHANNELS = (64, 128)
 TIME_WIDTH = 16
-SCENES = 60_000
+SCENES = 40_000
 PROMPT_DROPOUT = 0.1
 EMA_DECAY = 0.999
 
@@ -111,7 +111,7 @@ def training_set(pipe: StableDiffusionXLPipeline, cache: Path, seed: int) -> tup
         tokens = pipe.tokenizer(
             [*prompts, ""], padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt"
         )
-        save_file({"latents": torch.cat(latents).half(), "tokens": tokens.input_ids}, cache)
+        save_file({"latents": torch.cat(latents).half().contiguous(), "tokens": tokens.input_ids}, cache)
     cached = load_file(cache)
     return cached["latents"], cached["tokens"]
 
