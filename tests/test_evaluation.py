@@ -155,8 +155,13 @@ def test_seen_and_unseen_combinations() -> None:
     assert figures["unseen"]["reward_overall"]["win_rate"] == 0
 
 
-def rate(low: float, high: float) -> WinRate:
-    return WinRate((low + high) / 2, low, high, 0.5, 0.0, 10, 10, 10, 0.0)
+def rate(low: float, high: float, n: int = 100) -> WinRate:
+    return WinRate((low + high) / 2, low, high, 0.5, 0.0, n, n, n, 0.0)
+
+
+def test_a_handful_of_images_improves_nothing() -> None:
+    assert compare.improved(rate(0.6, 0.8)) and not compare.improved(rate(1.0, 1.0, n=5))
+    assert compare.worse(rate(0.2, 0.4)) and not compare.worse(rate(0.0, 0.0, n=5))
 
 
 @pytest.mark.parametrize(

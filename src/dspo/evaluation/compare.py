@@ -22,6 +22,7 @@ Array = npt.NDArray[np.float64]
 Figures = dict[str, Any]
 PROXY = "reward_overall"
 GOLD = "gold_overall"
+LEAST_DECIDED = 30  # with fewer, a percentile bootstrap is too sure: one win in one decided image gives [1, 1]
 
 
 @dataclass(frozen=True)
@@ -165,19 +166,29 @@ def combinations(
     }
 
 
+def improved(rate: WinRate) -> bool:
+    """The interval lies above one half, and there are enough decided images for it to mean anything."""
+    return rate.low is not None and rate.low > 0.5 and rate.n_decided >= LEAST_DECIDED
+
+
+def worse(rate: WinRate) -> bool:
+    """The interval lies below one half, and there are enough decided images for it to mean anything."""
+    return rate.high is not None and rate.high < 0.5 and rate.n_decided >= LEAST_DECIDED
+
+
 def over_optimised(rates: dict[str, WinRate]) -> bool | None:
-    """Proxy up, gold down: the reward's interval lies above one half and that of gold below it."""
-    if GOLD not in rates:
-        return None
-    proxy_low, gold_high = rates[PROXY].low, rates[GOLD].high
-    return proxy_low is not None and gold_high is not None and proxy_low > 0.5 and gold_high < 0.5
+    """Proxy up, gold down; ``None`` where there is no gold judge."""
+    return improved(rates[PROXY]) and worse(rates[GOLD]) if GOLD in rates else None
 
 
 def verdict(rates: dict[str, WinRate]) -> Figures:
-    """ "Improved" by a judge only where that judge's interval says so."""
+    """What may be said of each judge's win rate, and by which rule."""
     return {
-        "improved": {column: rate.low is not None and rate.low > 0.5 for column, rate in rates.items()},
-        "worse": {column: rate.high is not None and rate.high < 0.5 for column, rate in rates.items()},
+        "improved": {column: improved(rate) for column, rate in rates.items()},
+        "worse": {column: worse(rate) for column, rate in rates.items()},
         "over_optimised": over_optimised(rates),
-        "over_optimised_formula": f"low(win rate by {PROXY}) > 0.5 and high(win rate by {GOLD}) < 0.5",
+        "rule": (
+            f"improved: low > 0.5; worse: high < 0.5; both with n_decided >= {LEAST_DECIDED}; "
+            f"over_optimised: improved by {PROXY} and worse by {GOLD}"
+        ),
     }

@@ -109,7 +109,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for name, row in report["arms"].items():
         rates = [row["against_base"], cells.get((name, "sft")), cells.get((name, "dpo"))]
         right = "" if row["fully_right"] is None else f"{row['fully_right']:.3f}"
-        drift = "ran away" if row["drift"] is None else f"{row['drift']:.4f}"
+        drift = "ran away" if row["drift"] is None else f"{row['drift']:.2e}"
         lines.append(" | ".join([f"| {name}", *map(_cell, rates), right, f"{drift} |"]))
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ from dspo.data.keys import keyed_seed, keyed_uniform
 from dspo.data.prompts import read_prompts
 from dspo.diffusion.base import local_files
 from dspo.environment import device, processes
-from dspo.evaluation.compare import GOLD, PROXY, over_optimised
+from dspo.evaluation.compare import GOLD, PROXY, over_optimised, worse
 from dspo.evaluation.judges import SECOND, Judges
 from dspo.evaluation.statistics import win_rate
 from dspo.evaluation.tables import write_csv
@@ -176,13 +176,12 @@ def outcome(trials: Trials, loss: LossName, strength: float, on: PromptSet, para
         )
         for column in (PROXY, GOLD, SECOND)
     }
-    gold_high = rates[GOLD].high
     return {
         "ran_away": False,
         "drift": tuned.drift,
         "win_rates": {column: asdict(rate) for column, rate in rates.items()},
         "over_optimised": over_optimised(rates),
-        "gold_falls": gold_high is not None and gold_high < 0.5,
+        "gold_falls": worse(rates[GOLD]),
     }
 
 
