@@ -1,0 +1,55 @@
+# syntax=docker/dockerfile:1
+# The pipeline with its locked packages. torch's wheels bring CUDA 13, so that a slim Python is enough as a base; the
+# host gives the driver (>= 580) through the NVIDIA container toolkit: `docker run --gpus all …`. It also runs without a GPU.
+# Pin the base by digest with --build-arg BASE=python:3.11-slim-bookworm@sha256:…
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS packages
+ARG UV_VERSION=0.13.9
+ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_PYTHON_DOWNLOADS=never
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m pip install --disable-pip-version-check "uv==${UV_VERSION}" \
+    && python -m venv --without-pip /opt/venv
+COPY requirements.runtime.lock /build/
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/venv/bin/python --require-hashes -r /build/requirements.runtime.lock
+COPY pyproject.toml README.md /build/
+COPY src /build/src
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/venv/bin/python --no-deps /build
+
+FROM ${BASE}
+# git: DVC stands on it; `dvc exp run` commits, by a name that the repository's own settings replace. gcc and libc6-dev: Triton compiles its launchers when it runs. tini: signals reach the stage.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends git gcc libc6-dev tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --create-home dspo \
+    && mkdir /workspace /cache \
+    && chmod 1777 /workspace /cache \
+    && git config --system safe.directory /workspace \
+    && git config --system user.name dspo \
+    && git config --system user.email dspo@localhost
+COPY --from=packages /opt/venv /opt/venv
+COPY --chmod=755 container/entrypoint.sh /usr/local/bin/entrypoint
+# HOME is writable for any --user, and USER answers for one that has no name. The workspace's code comes before the
+# image's own. NVIDIA_VISIBLE_DEVICES is left to --gpus: set here, it could hand every GPU of a shared
+# node to a container that asked for none.
+ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/cache \
+    USER=dspo \
+    PYTHONPATH=/workspace/src \
+    HF_HOME=/cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    PYTHONUNBUFFERED=1 \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    NVIDIA_REQUIRE_CUDA="cuda>=13.0"
+LABEL org.opencontainers.image.title="dspo" \
+      org.opencontainers.image.description="Preference tuning of SDXL as one reproducible DVC pipeline" \
+      org.opencontainers.image.licenses="Apache-2.0"
+WORKDIR /workspace
+USER 1000:1000
+ENTRYPOINT ["tini", "--", "entrypoint"]
+CMD ["dvc", "repro"]
