@@ -4,12 +4,14 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PYTHON ?= python3.11
+# further options of a study: make losses STUDY='--trials 4 --seeds 3'
+STUDY ?=
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 STAMP := .venv/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup lock repro report shapes ablation losses overopt audit test lint format deps mlflow sync image
+.PHONY: help setup lock repro report shapes ablation losses overopt audit sampler test lint format deps mlflow sync image
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,18 +42,28 @@ report: setup ## the report alone, from the outputs that stand here
 
 shapes: setup ## train the small base model, CLIP and judge of the shapes world anew (hours on a CPU)
 	dvc repro pipelines/shapes/dvc.yaml
+	mkdir -p data/raw
+	cp -r pipelines/shapes/out/shapes-sdxl pipelines/shapes/out/shapes-clip pipelines/shapes/out/shapes-judge models/
+	cp pipelines/shapes/out/prompts.csv data/prompts.csv
+	cp pipelines/shapes/out/shapes-rated.parquet data/raw/shapes-rated.parquet
 
 ablation: setup ## what each part of the reward model is worth
-	python -m dspo.studies.ablation
+	python -m dspo.studies.reward_ablation --params params.yaml --ratings data/ratings --output reports
 
 losses: setup ## the preference losses beside each other, tuned on validation, fresh seeds
-	python -m dspo.studies.losses
+	python -m dspo.studies.losses --params params.yaml --prompts data/prompts.csv --validation-prompts data/prompts/validation.csv \
+	  --candidates data/candidates --pairs data/pairs --reward models/reward --second-judge models/shapes-judge --output reports $(STUDY)
 
 overopt: setup ## where the proxy goes on rising and the gold judge does not
-	python -m dspo.studies.overopt
+	python -m dspo.studies.overopt --params params.yaml --prompts data/prompts.csv --rated data/raw/shapes-rated.parquet \
+	  --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports $(STUDY)
 
 audit: setup ## the adapter on fresh prompts and seeds
-	python -m dspo.studies.audit
+	python -m dspo.studies.audit --params params.yaml --prompts data/prompts.csv --adapter models/adapter --reward models/reward \
+	  --second-judge models/shapes-judge --output reports/audit.json $(STUDY)
+
+sampler: setup ## the base's own best sampler setting by gold, on validation prompts
+	python -m dspo.studies.base_sampler --params params.yaml --prompts data/prompts/validation.csv --output reports/base.json $(STUDY)
 
 test: setup ## all tests
 	OMP_NUM_THREADS=1 pytest -n 2
