@@ -119,7 +119,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
             run(p, tmp_path / "killed", reward_check=reward_check)
     resumed = run(p, tmp_path / "killed", reward_check=reward_check)
     assert same(resumed, whole)
-    assert (tmp_path / "killed" / LOG).read_bytes() == (tmp_path / "whole" / LOG).read_bytes()
+    for name in (LOG, CHECKPOINT):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_finished_run_called_again_does_nothing_new(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The state of a training run on disk: everything that the next step depends on. Read with ``weights_only=True``."""
 
 import pickle
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ class TrainingState:
 
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
-    """Replace the file whole, so that a kill leaves the old one."""
+    """Replace the file whole, so that a kill leaves the old one. Equal states give equal bytes."""
     fields = {name: getattr(state, name) for name in ("step", "adapter", "optimizer", "ema", "log", "epochs")}
+    best = None if state.best is None else {name: getattr(state.best, name) for name in ("epoch", "reward", "adapter")}
     with whole_file(path) as partial:
-        torch.save(fields | {"best": None if state.best is None else asdict(state.best)}, partial)
+        torch.save(_interned(fields | {"best": best}), partial)
 
 
 def load_checkpoint(path: Path, like: State, device: torch.device) -> TrainingState:
@@ -51,3 +53,12 @@ def load_checkpoint(path: Path, like: State, device: torch.device) -> TrainingSt
     if {name: t.shape for name, t in state.adapter.items()} != {name: t.shape for name, t in like.items()}:
         raise UserError(f"{path}: a checkpoint of another model or adapter. Remove it to start anew.")
     return state
+
+
+def _interned(value: Any) -> Any:
+    """The same value in which equal strings are one object: pickle writes a string anew for every object."""
+    if isinstance(value, dict):
+        return {_interned(key): _interned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_interned(item) for item in value]
+    return sys.intern(value) if isinstance(value, str) else value
