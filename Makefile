@@ -10,6 +10,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 STAMP := .venv/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
 
 .PHONY: help setup lock repro report shapes ablation losses overopt audit sampler test lint format deps mlflow sync image
 
@@ -66,7 +67,7 @@ sampler: setup ## the base's own best sampler setting by gold, on validation pro
 	python -m dspo.studies.base_sampler --params params.yaml --prompts data/prompts/validation.csv --output reports/base.json $(STUDY)
 
 test: setup ## all tests
-	OMP_NUM_THREADS=1 pytest -n 2
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 lint: setup ## style, types, layers, code dependencies of the stages
 	ruff check .
