@@ -174,6 +174,7 @@ def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
     mlflow.set_registry_uri(uri)
     logged = mlflow.diffusers.load_model("models:/dspo-adapter-shapes@champion")
     assert logged.base_model == str(finished_run.parent / "base")
+    assert Path(logged.adapter_path).is_relative_to(root / "mlartifacts")
     pipe = logged.load_pipeline(device="cpu")
     generator = torch.Generator().manual_seed(1)
     latents, text = torch.randn(2, 4, 4, 4, generator=generator), torch.randn(2, 7, 2 * TEXT_WIDTH, generator=generator)

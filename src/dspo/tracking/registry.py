@@ -60,6 +60,7 @@ def _version(client: MlflowClient, name: str, md5: str) -> str | None:
 def _log(client: MlflowClient, name: str, run: str, record: RunRecord, adapter: Path) -> str:
     mlflow.set_tracking_uri(client.tracking_uri)
     mlflow.set_registry_uri(client.tracking_uri)
+    mlflow.set_experiment(experiment_id=client.get_run(run).info.experiment_id)  # where the model's files go
     weights = as_diffusers(adapter, adapter.with_name("diffusers") / "pytorch_lora_weights.safetensors")
     info = Model.log(
         artifact_path=None,
