@@ -53,9 +53,8 @@ def other_picture(prompt: str, seed: int) -> Pixels:
 
 def base_pictures(model: Path, prompts: list[Prompt], seed: int, batch_size: int) -> Iterator[tuple[Prompt, int, Pixels]]:
     """Samples of the base, the prompts divided among the sampler settings; all samples of a prompt share one setting."""
-    base = BaseModelParams(
-        model=str(model), revision=None, variant=None, vae=None, dtype="float32", resolution=SIDE
-    )
+    parts = dict.fromkeys(("revision", "variant", "vae", "vae_revision"))
+    base = BaseModelParams(model=str(model), dtype="float32", resolution=SIDE, **parts)
     pipe = load_pipeline(base, torch.device("cpu"))
     for i, sampler in enumerate(SAMPLERS):
         requests = [SampleRequest(p, k, k) for p in prompts[i :: len(SAMPLERS)] for k in range(BASE_SAMPLES)]
