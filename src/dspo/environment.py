@@ -54,9 +54,3 @@ def repository_root() -> Path:
 
 def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{repository_root() / 'mlflow.db'}"
-
-
-def dvc_variables() -> dict[str, str]:
-    """What DVC tells a stage about its run: ``DVC_STAGE``, ``DVC_EXP_NAME``, ``DVC_EXP_BASELINE_REV`` where set."""
-    names = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
-    return {name: os.environ[name] for name in names if os.environ.get(name)}
