@@ -183,7 +183,10 @@ def train(vae_folder: Path, work: Path, output: Path, steps: int, batch_size: in
     ema.copy_to(trained.parameters())
     trained.eval()
     pipe.unet.to(memory_format=torch.contiguous_format)
-    pipe.to(torch.float16).save_pretrained(output, safe_serialization=True)
+    # The text encoders stay in float32: transformers would load 16-bit files as 16-bit, beside a float32 UNet.
+    pipe.unet.half()
+    pipe.vae.half()
+    pipe.save_pretrained(output, safe_serialization=True)
 
 
 def main() -> None:
