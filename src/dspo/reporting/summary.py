@@ -1,0 +1,59 @@
+"""One file of figures: the same numbers for people, programs and gates."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+def summarise(results: Json, reward_report: Json, training: Json, ablation: Json | None) -> dict[str, Any]:
+    """What ``reports/summary.json`` holds. ``None`` where the world has no gold judge or the study was not run.
+
+    ``results``: of the stage evaluate; ``reward_report``: of train_reward; ``training``: metrics.json of train;
+    ``ablation``: the committed reports/ablation.json.
+    """
+    tuned = results["tuned_against_base"]
+    return {
+        "evaluation": {
+            "gold": win_rate(tuned["win_rates"], "gold_overall"),
+            "reward": win_rate(tuned["win_rates"], "reward_overall"),
+            "second": win_rate(tuned["win_rates"], "second"),
+            "fully_right": fully_right(tuned),
+            "diversity_ratio": diversity_ratio(tuned),
+        },
+        "reward_model": {
+            "macro_f1": reward_report["macro_f1"],
+            "ci95": [reward_report["macro_f1_low"], reward_report["macro_f1_high"]],
+            "ceiling": reward_report["ceiling_macro_f1"],
+            "constant_f1": reward_report["constant_f1"],
+            "plain_head_macro_f1": ablation["plain_head_macro_f1"] if ablation else None,
+        },
+        "train": {"loss": training["train_loss"], "steps": training["steps"], "pairs": training["pairs"]},
+    }
+
+
+def win_rate(rows: Json, judge: str) -> dict[str, Any] | None:
+    row = rows.get(judge)
+    if row is None:
+        return None
+    names = ("win_rate", "n_prompts", "n_images", "n_decided", "tie_share", "win_rate_ties_half")
+    return {name: row[name] for name in names} | {"ci95": [row["low"], row["high"]]}
+
+
+def fully_right(tuned: Json) -> dict[str, Any] | None:
+    row = tuned.get("fully_right")
+    if row is None:
+        return None
+    difference = row["difference"]
+    return {
+        "base": row["base"]["value"],
+        "tuned": row["tuned"]["value"],
+        "ci95": [difference["low"], difference["high"]],
+    }
+
+
+def diversity_ratio(tuned: Json) -> float | None:
+    """Among fully right images of a prompt, tuned over base: the lower of free attributes and pixel distance."""
+    kinds = (tuned.get("diversity") or {}).get("among_fully_right") or {}
+    values = [kinds[name]["value"] for name in ("attributes", "pixels") if kinds.get(name, {}).get("value") is not None]
+    return min(values) if values else None
