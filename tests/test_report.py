@@ -54,8 +54,8 @@ def results(gold: dict[str, Any], over_optimised: bool = False) -> dict[str, Any
 
 REWARD: dict[str, Any] = {
     "macro_f1": 0.85, "macro_f1_low": 0.84, "macro_f1_high": 0.86, "ceiling_macro_f1": 0.9, "constant_f1": 0.67,
-    "pair_accuracy": 0.85, "zero_shot_macro_f1": 0.7, "zero_shot_pair_accuracy": 0.7, "prevalence_first": 0.5, "nll": 0.4,
-    "brier": 0.1, "ece": 0.02, "temperature": 1.2, "n_pairs": 2500, "n_prompts": 520,
+    "pair_accuracy": 0.85, "zero_shot_macro_f1": 0.7, "zero_shot_pair_accuracy": 0.7, "prevalence_first": 0.5,
+    "nll": 0.4,    "brier": 0.1, "ece": 0.02, "temperature": 1.2, "n_pairs": 2500, "n_prompts": 520,
     "heads": {"detail": "untrained"},
 }  # fmt: skip
 TRAINING = {"train_loss": 0.1, "steps": 200, "pairs": 300}
@@ -108,7 +108,10 @@ def test_gates_hold_for_good_figures_and_name_what_fails(tmp_path: Path, capsys:
         (GOOD, "Improved by the gold judge: tuned beats base on 75.0% of 400"),
         (results(row(0.52, 0.47, 0.57)), "Not separable"),
         (results(row(0.4, 0.35, 0.45)), "Worse"),
-        (results(row(0.4, 0.35, 0.45), over_optimised=True), "Over-optimised: the reward went up and the gold judge down"),
+        (
+            results(row(0.4, 0.35, 0.45), over_optimised=True),
+            "Over-optimised: the reward went up and the gold judge down",
+        ),
     ],
 )
 def test_the_verdict_says_no_more_than_the_interval(result: dict[str, Any], said: str) -> None:
@@ -136,7 +139,8 @@ def test_the_page_fits_a_wide_and_a_narrow_screen(chromium: str, width: int, tmp
     (tmp_path / "frame.html").write_text(
         f"""<iframe src="page.html" width="{width}" height="900" onload="
         const d = this.contentDocument; document.title = [d.title, d.documentElement.scrollWidth,
-        [...d.images].filter(i => i.naturalWidth === 8).length, d.querySelectorAll('svg').length].join('|')"></iframe>"""
+        [...d.images].filter(i => i.naturalWidth === 8).length, d.querySelectorAll('svg').length]
+        .join('|')"></iframe>"""
     )
     command = [chromium, *FLAGS, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()]

@@ -31,8 +31,14 @@ def choose(base: pd.DataFrame, tuned: pd.DataFrame, column: str) -> dict[str, li
     firsts = base.loc[order].drop_duplicates("prompt_id").index
     lasts = base.loc[order[::-1]].drop_duplicates("prompt_id").index
     middle = len(firsts) // 2 - SHOWN // 2
-    kinds = {"biggest wins": firsts[:SHOWN], "from the middle": firsts[middle : middle + SHOWN], "biggest losses": lasts[:SHOWN]}
-    return {kind: [_shown(base.loc[i], tuned.loc[i], float(delta[i]), column) for i in rows] for kind, rows in kinds.items()}
+    kinds = {
+        "biggest wins": firsts[:SHOWN],
+        "from the middle": firsts[middle : middle + SHOWN],
+        "biggest losses": lasts[:SHOWN],
+    }
+    return {
+        kind: [_shown(base.loc[i], tuned.loc[i], float(delta[i]), column) for i in rows] for kind, rows in kinds.items()
+    }
 
 
 def _shown(base: "pd.Series[Any]", tuned: "pd.Series[Any]", delta: float, column: str) -> Shown:
@@ -53,7 +59,8 @@ def verdict(results: Json) -> str:
     if row["win_rate"] is None:
         return f"Nothing can be said: {name} decided no image pair."
     figures = (
-        f"{row['win_rate']:.1%} of {row['n_decided']} decided images (95 % interval {row['low']:.1%} to {row['high']:.1%}, "
+        f"{row['win_rate']:.1%} of {row['n_decided']} decided images "
+        f"(95 % interval {row['low']:.1%} to {row['high']:.1%}, "
         f"{row['tie_share']:.0%} of {row['n_images']} undecided)"
     )
     if state["over_optimised"]:
@@ -66,7 +73,8 @@ def verdict(results: Json) -> str:
         said = f"Not separable from the base by {name}: tuned wins {figures}."
     best = (results["best_of_n"]["best_against_base"] or {}).get(judge)
     if best and best["win_rate"] is not None:
-        said += f" Taking the best of {results['best_of_n']['n']} base images by the reward model wins {best['win_rate']:.1%}."
+        number = results["best_of_n"]["n"]
+        said += f" Taking the best of {number} base images by the reward model wins {best['win_rate']:.1%}."
     return said
 
 
@@ -82,7 +90,11 @@ def render_page(
 ) -> str:
     """The page's HTML. Texts are escaped; only our own SVG is markup."""
     environment = Environment(
-        loader=PackageLoader("dspo.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("dspo.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["figure"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
     return environment.get_template("page.html.j2").render(

@@ -91,13 +91,18 @@ def score_distributions(base: pd.DataFrame, tuned: pd.DataFrame, columns: Sequen
     return figure
 
 
+def _framed(image: Pixels) -> Pixels:
+    return np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255)
+
+
 def grid(pairs: Sequence[tuple[Pixels, Pixels]], columns: int = 8, scale: int = 2) -> Image.Image:
     """Base above tuned, ``columns`` pairs to a row."""
     rows = []
     for start in range(0, len(pairs) - len(pairs) % columns, columns):
         part = pairs[start : start + columns]
-        for k in range(2):
-            rows.append(np.concatenate([np.pad(pair[k], ((1, 1), (1, 1), (0, 0)), constant_values=255) for pair in part], 1))
+        rows += [np.concatenate([_framed(pair[k]) for pair in part], axis=1) for k in range(2)]
         rows.append(np.full((6, rows[-1].shape[1], 3), 255, np.uint8))
     picture = np.concatenate(rows[:-1], 0)
-    return Image.fromarray(picture).resize((picture.shape[1] * scale, picture.shape[0] * scale), Image.Resampling.NEAREST)
+    return Image.fromarray(picture).resize(
+        (picture.shape[1] * scale, picture.shape[0] * scale), Image.Resampling.NEAREST
+    )

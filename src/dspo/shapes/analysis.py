@@ -104,9 +104,7 @@ def analyse(image: NDArray[np.uint8]) -> Analysis:
     )
 
 
-def _see(
-    rgb: Array, difference: Array, region: NDArray[np.bool_], ground: Array, ground_rgb: Array
-) -> SeenObject:
+def _see(rgb: Array, difference: Array, region: NDArray[np.bool_], ground: Array, ground_rgb: Array) -> SeenObject:
     cover = _soft_mask(difference, region)
     area = cover.sum()
     x, y = float((cover * _X).sum() / area), float((cover * _Y).sum() / area)
@@ -140,7 +138,7 @@ def _see(
 
 
 def _soft_mask(difference: Array, region: NDArray[np.bool_]) -> Array:
-    """Coverage of each pixel by the region: 1 inside; at the rim the difference as a share of the nearest inner pixel's."""
+    """Coverage of each pixel by the region: 1 inside; at the rim a share of the nearest inner pixel's."""
     core = ndimage.binary_erosion(region)
     if not core.any():
         return region.astype(np.float64)

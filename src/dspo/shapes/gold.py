@@ -41,7 +41,7 @@ class GoldScore:
 
 
 def judge(image: NDArray[np.uint8], prompt: str) -> GoldScore:
-    """Judge a picture, uint8 [64, 64, 3]. Raises :class:`~dspo.errors.UserError` if the prompt is not of the grammar."""
+    """Judge a picture, uint8 [64, 64, 3]. Raises :class:`~dspo.errors.UserError` for a foreign prompt."""
     request = parse(prompt)
     seen = analyse(image)
     attributes = alignment_attributes(seen, request)

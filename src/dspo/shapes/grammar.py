@@ -34,7 +34,9 @@ POSITIONS = (
     "at the bottom right",
 )  # row by row, so that index // 3 is the row and index % 3 the column
 
-_OBJECT = rf"a (?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<pattern>{'|'.join(PATTERNS)}) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?"
+_OBJECT = (
+    rf"a (?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<pattern>{'|'.join(PATTERNS)}) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?"
+)
 _OBJECT += rf"(?P<shape>{'|'.join(SHAPES)})"
 
 
@@ -90,7 +92,9 @@ def parse(prompt: str) -> Request:
     """Read a prompt of the grammar. Raises :class:`UserError` for any other text."""
     match = _PROMPT.fullmatch(prompt)
     if match is None:
-        raise UserError(f"prompt {prompt[:80]!r} is not of the shapes grammar (src/dspo/shapes/grammar.py says which are)")
+        raise UserError(
+            f"prompt {prompt[:80]!r} is not of the shapes grammar (src/dspo/shapes/grammar.py says which are)"
+        )
     part: dict[str, Any] = match.groupdict()
     objects = [ObjectRequest(part["shape0"], part["colour0"], part["size0"], part["pattern0"])]
     if part["relation"]:

@@ -24,7 +24,8 @@ from dspo.progress import progress
 from dspo.shapes.defects import KINDS, spoil
 from dspo.shapes.grammar import parse
 from dspo.shapes.make_prompts import distinct_prompts
-from dspo.shapes.render import SIDE, Image as Pixels, random_scene, render_float
+from dspo.shapes.render import SIDE, random_scene, render_float
+from dspo.shapes.render import Image as Pixels
 from dspo.shapes.train_second import wrong_request
 
 BASE_SAMPLES = 3
@@ -51,8 +52,10 @@ def other_picture(prompt: str, seed: int) -> Pixels:
     return np.round(picture * 255).astype(np.uint8)
 
 
-def base_pictures(model: Path, prompts: list[Prompt], seed: int, batch_size: int) -> Iterator[tuple[Prompt, int, Pixels]]:
-    """Samples of the base, the prompts divided among the sampler settings; all samples of a prompt share one setting."""
+def base_pictures(
+    model: Path, prompts: list[Prompt], seed: int, batch_size: int
+) -> Iterator[tuple[Prompt, int, Pixels]]:
+    """Samples of the base, the prompts divided among the sampler settings."""
     parts = dict.fromkeys(("revision", "variant", "vae", "vae_revision"))
     base = BaseModelParams(model=str(model), dtype="float32", resolution=SIDE, **parts)
     pipe = load_pipeline(base, torch.device("cpu"))

@@ -91,7 +91,7 @@ def _star_distance(dx: Array, dy: Array, outer: Array | float) -> Array:
 
 def coverage(shape: str, x: Array | float, y: Array | float, radius: Array | float) -> Array:
     """Share of each pixel that the shape covers, [..., SIDE, SIDE]; arguments may be arrays [..., 1, 1]."""
-    return np.clip(0.5 - signed_distance(shape, _X - x, _Y - y, radius), 0.0, 1.0)
+    return np.asarray(np.clip(0.5 - signed_distance(shape, _X - x, _Y - y, radius), 0.0, 1.0))
 
 
 def shading(pattern: str, x: float, y: float) -> Array:
@@ -101,11 +101,11 @@ def shading(pattern: str, x: float, y: float) -> Array:
             return np.zeros((SIDE, SIDE))
         case "striped":
             phase = np.mod(_Y - y + STRIPE_PERIOD / 4, STRIPE_PERIOD)
-            return np.clip(0.5 + STRIPE_PERIOD / 4 - np.abs(phase - STRIPE_PERIOD / 2), 0.0, 1.0)
+            return np.asarray(np.clip(0.5 + STRIPE_PERIOD / 4 - np.abs(phase - STRIPE_PERIOD / 2), 0.0, 1.0))
         case "dotted":
             dx = np.mod(_X - x + DOT_PERIOD / 2, DOT_PERIOD) - DOT_PERIOD / 2
             dy = np.mod(_Y - y + DOT_PERIOD / 2, DOT_PERIOD) - DOT_PERIOD / 2
-            return np.clip(0.5 + 2.0 - np.hypot(dx, dy), 0.0, 1.0)
+            return np.asarray(np.clip(0.5 + 2.0 - np.hypot(dx, dy), 0.0, 1.0))
     raise ValueError(pattern)
 
 

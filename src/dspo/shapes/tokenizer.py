@@ -13,7 +13,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE over the grammar's words. Start and end have the two highest ids, as CLIP's pooling by argmax needs."""
+    """Byte-level BPE over the grammar's words. Start and end have the highest ids: CLIP pools by argmax."""
     phrases = (grammar.SHAPES, grammar.COLOURS, grammar.SIZES, grammar.PATTERNS, grammar.RELATIONS, grammar.POSITIONS)
     words = {word for phrase in phrases for text in phrase for word in text.split()} | {"a", "on", "background"}
     merges = learn_merges(sorted(words))

@@ -1,7 +1,8 @@
 """Train the UNet and the two text encoders of the `shapes` base, and save a whole StableDiffusionXLPipeline.
 
 ``python -m dspo.shapes.train_base --vae DIR --work DIR --output models/shapes-sdxl`` continues where it stopped when
-run again. The objective is SDXL's own: predict the noise, uniform timesteps, prompts dropped for guidance; early steps weigh less (min-SNR).
+run again. The objective is SDXL's own: predict the noise, uniform timesteps, prompts dropped for guidance; steps with
+little noise weigh less (min-SNR).
 """
 
 import argparse

@@ -7,6 +7,7 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ def wrong_request(request: Request, rng: np.random.Generator) -> Request:
     values |= {"position": POSITIONS, "relation": RELATIONS}
     old = getattr(request if i < 0 else request.objects[i], name)
     new = str(rng.choice([value for value in values[name] if value != old]))
+    change: dict[str, Any] = {name: new}
     if i < 0:
-        return replace(request, **{name: new})
-    objects = tuple(replace(o, **{name: new}) if k == i else o for k, o in enumerate(request.objects))
+        return replace(request, **change)
+    objects = tuple(replace(o, **change) if k == i else o for k, o in enumerate(request.objects))
     return replace(request, objects=objects)
 
 
@@ -48,12 +50,12 @@ def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, floa
     """Pixels [64, 64, 3], encoded request, and 1 for right and clean or 0."""
     request = random_request(rng)
     picture = render_float(random_scene(request, rng))
-    for kind in ("blur", "noise"):
-        picture = spoil(picture, kind, float(rng.uniform(0, SLIGHT)), rng)
-    kind = rng.random()
-    if kind < 0.35:
+    for slight in ("blur", "noise"):
+        picture = spoil(picture, slight, float(rng.uniform(0, SLIGHT)), rng)
+    case = rng.random()
+    if case < 0.35:
         return picture, encode_request(wrong_request(request, rng)), 0.0
-    if kind < 0.5:
+    if case < 0.5:
         return spoil(picture, str(rng.choice(KINDS)), float(rng.uniform(0.35, 1)), rng), encode_request(request), 0.0
     return picture, encode_request(request), 1.0
 
