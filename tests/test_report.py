@@ -1,127 +1,348 @@
-"""The report: figures equal their inputs, the page holds in a browser, gates say yes and no."""
+"""The report: figures equal their inputs, prompts are text, equal bytes, gates decide, the page fits a browser."""
 
-import io
 import json
+import re
 import shutil
 import subprocess
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from dspo.data.files import write_json
+from dspo.data.images import encode_png, write_table
+from dspo.errors import UserError
 from dspo.reporting.gates import gates
 from dspo.reporting.gates import main as gates_main
-from dspo.reporting.page import choose, render_page, verdict
-from dspo.reporting.plots import judges_plot, svg
+from dspo.reporting.page import verdict
+from dspo.reporting.pictures import choose, data_uri, differences
+from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
+from dspo.stages.report import main as report_main
 
-SCRIPT = "<script>document.title='attacked'</script>"
+ROOT = Path(__file__).parents[1]
+ATTACK = "<script>alert(1)</script>"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
+Json = dict[str, Any]
 
 
-def row(win_rate: float, low: float, high: float, decided: int = 400) -> dict[str, Any]:
+def rate(win_rate: float | None, low: float | None, high: float | None, decided: int = 400) -> Json:
     counts = {"n_decided": decided, "n_images": 800, "n_prompts": 400, "tie_share": 0.5, "win_rate_ties_half": 0.6}
-    return {"win_rate": win_rate, "low": low, "high": high, "tau": 0.01, **counts}
+    return {"win_rate": win_rate, "low": low, "high": high, "tau": 0.1, **counts}
 
 
-def estimate(base: float, tuned: float) -> dict[str, Any]:
-    values = {"base": base, "tuned": tuned, "difference": tuned - base, "fixed": 0.3, "broken": 0.1}
-    return {k: {"value": v, "low": v - 0.02, "high": v + 0.02, "n": 800, "n_prompts": 400} for k, v in values.items()}
+def estimate(value: float) -> Json:
+    return {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 800, "n_prompts": 400}
 
 
-def results(gold: dict[str, Any], over_optimised: bool = False) -> dict[str, Any]:
-    rates = {"reward_overall": row(0.8, 0.75, 0.85), "gold_overall": gold, "second": row(0.6, 0.55, 0.65)}
-    judged = {name: r["low"] > 0.5 for name, r in rates.items()}
-    diversity = {"among_fully_right": {"attributes": {"value": 0.97}, "pixels": {"value": 0.95}}}
-    tuned = {"win_rates": rates, "fully_right": estimate(0.5, 0.6), "diversity": diversity}
-    tuned |= {"drift": {"saturation": estimate(0.5, 0.51)}, "scores": {"gold_overall": estimate(0.6, 0.7)}}
-    worse = {name: r["high"] < 0.5 for name, r in rates.items()}
+def change(base: float, tuned: float) -> Json:
+    return {"base": estimate(base), "tuned": estimate(tuned), "difference": estimate(tuned - base)}
+
+
+def results(gold: Json, over_optimised: bool = False) -> Json:
+    rates = {"reward_overall": rate(0.8, 0.75, 0.85), "gold_overall": gold, "second": rate(0.6, 0.55, 0.65)}
     return {
-        "tuned_against_base": tuned,
-        "best_of_n": {"n": 4, "best_against_base": rates},
+        "world": "shapes",
+        "seed": 0,
+        "n_images": 800,
+        "settings": {"tie_band": 0.1},
+        "untrained_heads": ["detail"],
+        "tuned_against_base": {
+            "win_rates": rates,
+            "scores": {name: change(0.5, 0.6) for name in rates},
+            "fully_right": change(0.5, 0.625) | {"fixed": estimate(0.3), "broken": estimate(0.1)},
+            "diversity": {
+                "among_fully_right": {"attributes": estimate(0.97), "pixels": estimate(0.95)},
+                "among_all": {"pixels": estimate(0.9)},
+            },
+            "drift": {"saturation": change(0.5, 0.51)},
+        },
+        "best_of_n": {"n": 4, "best_against_base": rates, "tuned_against_best": rates},
         "base_against_base": rates,
-        "hacks": {"blur": rates},
         "best_sampler_against_default": rates,
-        "combinations": {"seen": rates},
-        "settings": {"tie_band": 0.01},
-        "verdict": {"improved": judged, "worse": worse, "over_optimised": over_optimised},
+        "hacks": {"blur": rates},
+        "combinations": {"seen": rates, "unseen": rates},
+        "verdict": {
+            "improved": {name: (row["low"] or 0) > 0.5 for name, row in rates.items()},
+            "worse": {name: (row["high"] or 1) < 0.5 for name, row in rates.items()},
+            "over_optimised": over_optimised,
+        },
     }
 
 
-REWARD: dict[str, Any] = {
-    "macro_f1": 0.85, "macro_f1_low": 0.84, "macro_f1_high": 0.86, "ceiling_macro_f1": 0.9, "constant_f1": 0.67,
-    "pair_accuracy": 0.85, "zero_shot_macro_f1": 0.7, "zero_shot_pair_accuracy": 0.7, "prevalence_first": 0.5,
-    "nll": 0.4,    "brier": 0.1, "ece": 0.02, "temperature": 1.2, "n_pairs": 2500, "n_prompts": 520,
-    "heads": {"detail": "untrained"},
-}  # fmt: skip
-TRAINING = {"train_loss": 0.1, "steps": 200, "pairs": 300}
-GOOD = results(row(0.75, 0.7, 0.8))
+PART = {
+    "macro_f1": 0.85,
+    "macro_f1_low": 0.84,
+    "macro_f1_high": 0.86,
+    "pair_accuracy": 0.851,
+    "ceiling_macro_f1": 0.9,
+    "share_of_ceiling": 0.85 / 0.9,
+    "zero_shot_macro_f1": 0.7,
+    "constant_f1": 0.67,
+    "n_pairs": 2500,
+    "n_prompts": 520,
+    "nll": 0.4,
+    "brier": 0.1,
+    "ece": 0.02,
+    "temperature": 1.2,
+}
+OTHER = PART | {"macro_f1": 0.88, "ceiling_macro_f1": 0.95}
+REWARD: Json = {**OTHER, "base": PART, "other": OTHER, "heads": {"overall": PART, "detail": "untrained"}}
+TRAINING = {"train_loss": 0.1, "steps": 200, "pairs": 300, "held_out_pairs": 30, "best_epoch": 1, "margin": None}
+TRAINING |= {"held_out_loss": 0.1, "implicit_accuracy": None, "u_std": 1.0, "reward_base": 1.0, "reward": 1.2}
+GOOD = results(rate(0.75, 0.7, 0.8))
+CONTEST = {"first": "dspo", "second": "sft", **rate(0.6, 0.5, 0.7), "separable": True}
+FILES: Json = {
+    "ablation": {
+        "plain_head_macro_f1": 0.8,
+        "ceiling_macro_f1": 0.9,
+        "n_pairs": 2500,
+        "n_prompts": 520,
+        "rows": {"full model": PART | {"difference_to_full": 0.0, "difference_low": 0.0, "difference_high": 0.0}},
+    },
+    "losses": {
+        "settings": {"trials": 8, "seeds": 5, "prompts": 200, "images_per_prompt": 2},
+        "arms": {
+            "dspo": {
+                "ran_away": 0,
+                "against_base": rate(0.7, 0.6, 0.8),
+                "fully_right": 0.6,
+                "drift": 1e-3,
+                "training_seconds": 40.0,
+            },
+            "dpo": {
+                "ran_away": 1,
+                "against_base": None,
+                "fully_right": None,
+                "drift": None,
+                "training_seconds": None,
+            },
+        },
+        "head_to_head": [CONTEST, CONTEST | {"second": "dspo, beta = 0", "separable": False}],
+    },
+    "overopt": {
+        "rows": [
+            {
+                "count": 100,
+                "wrong_taste": 1.0,
+                "loss": "dpo",
+                "strength": 10,
+                "ran_away": False,
+                "drift": 1e-3,
+                "over_optimised": True,
+                "win_rates": GOOD["tuned_against_base"]["win_rates"],
+            },
+            {"count": 0, "wrong_taste": 0.0, "loss": "dpo", "strength": 1, "ran_away": True, "over_optimised": None},
+        ],
+        "detector_fires_on": ["a"],
+        "gold_falls_on": ["a"],
+    },
+    "audit": {"num_prompts": 300, "seeds": 2, "seed": 7, "tuned_against_base": GOOD["tuned_against_base"]},
+    "base": [
+        {"scheduler": "ddim", "steps": 12, "guidance_scale": 2.0, "gold": 0.6, "fully_right": 0.5, "n_images": 228}
+    ],
+}
 
 
-def images(value: float) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
-    prompts = [SCRIPT, *(f"prompt {i} " + "long" * 30 for i in range(30))]
-    scores = value + rng.random(len(prompts))
-    return pd.DataFrame(
-        {"prompt_id": prompts, "caption": prompts, "image": [buffer.getvalue()] * len(prompts), "gold_overall": scores}
-    )
+def images(seed: int, size: int = 16) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    prompts = [ATTACK, *(f"prompt {i} " + "long" * 30 for i in range(40))]
+    pixels = rng.integers(0, 255, (len(prompts), size, size, 3), dtype=np.uint8)
+    table = {"prompt_id": prompts, "caption": prompts, "image": [encode_png(image) for image in pixels]}
+    scores = {name: rng.random(len(prompts)) for name in ("reward_overall", "gold_overall", "second")}
+    return pd.DataFrame(table | scores)
 
 
-def page(result: dict[str, Any] = GOOD) -> str:
-    summary = summarise(result, REWARD, TRAINING, None)
-    drawing = svg(judges_plot(result["tuned_against_base"]["win_rates"]))
-    figures = dict.fromkeys(("judges", "distributions", "training"), drawing)
-    pictures = choose(images(0.0), images(0.1), "gold_overall")
-    return render_page(result, summary, pictures, figures, REWARD, "world: shapes", {"data": "0"}, {"losses": "{}"})
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stage reads, all of it made up, with every study."""
+    root = tmp_path_factory.mktemp("report")
+    for name, seed in (("base", 0), ("tuned", 1)):
+        write_table(pa.Table.from_pandas(images(seed)), root / "evaluation" / f"{name}.parquet")
+    write_json(GOOD, root / "evaluation" / "results.json")
+    (root / "evaluation" / "win_rates.csv").write_text("comparison,judge,win_rate\n")
+    write_json(REWARD, root / "reward" / "report.json")
+    curve = {"epoch": [1, 2], "train_loss": [2.0, 1.0]}
+    curve |= {f"validation_{name}_{kind}": [0.6, 0.5] for name in ("nll", "accuracy") for kind in ("raw", "ema")}
+    pd.DataFrame(curve).to_csv(root / "reward" / "curve.csv", index=False)
+    write_json(TRAINING, root / "training" / "metrics.json")
+    pd.DataFrame({"step": range(1, 41), "loss": np.linspace(1, 0, 40)}).to_csv(root / "training" / "log.csv")
+    epochs = {"step": [0, 20, 40], "loss": [1.0, 0.5, 0.4], "reward": [1.0, 1.2, 1.1], "u_std": [0.0, 1.0, 2.0]}
+    unmeasured = {name: [None] * 3 for name in ("implicit_accuracy", "margin", "pull")}
+    pd.DataFrame(epochs | unmeasured).to_csv(root / "training" / "epochs.csv")
+    write_json({"pairs": 300}, root / "pairs" / "summary.json")
+    return root
 
 
-def test_the_summary_holds_the_figures_of_its_inputs() -> None:
-    summary = summarise(GOOD, REWARD, TRAINING, {"plain_head_macro_f1": 0.8})
-    assert summary["evaluation"]["gold"]["ci95"] == [0.7, 0.8]
-    assert summary["evaluation"]["fully_right"]["tuned"] == 0.6
-    assert summary["evaluation"]["diversity_ratio"] == 0.95
-    assert summary["reward_model"]["plain_head_macro_f1"] == 0.8
-    assert summary["train"] == {"loss": 0.1, "steps": 200, "pairs": 300}
+def report(project: Path, output: Path) -> Path:
+    for name, study in FILES.items():
+        write_json(study, output / f"{name}.json")
+    paths = {name: project / name for name in ("evaluation", "reward", "training", "pairs")} | {"output": output}
+    options = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+    report_main(["--params", str(ROOT / "params.yaml"), *options])
+    return output
 
 
-def test_gates_hold_for_good_figures_and_name_what_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = summarise(GOOD, REWARD, TRAINING, None)
-    assert all(gate.holds for gate in gates(good))
-    bad = summarise(results(row(0.65, 0.59, 0.7, decided=250)), REWARD | {"macro_f1": 0.8}, TRAINING, None)
-    path = tmp_path / "summary.json"
-    path.write_text(json.dumps(bad))
-    assert gates_main([str(path)]) == 1
-    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILS")]
-    assert len(failed) == 5 and "gold win rate" in failed[0]
-    assert gates_main([str(tmp_path / "none.json")]) == 2
+@pytest.fixture(scope="session")
+def reports(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report(project, tmp_path_factory.mktemp("reports"))
+
+
+def test_the_summary_holds_the_figures_of_its_inputs(reports: Path) -> None:
+    summary = json.loads((reports / "summary.json").read_text())
+    names = ("win_rate", "n_prompts", "n_images", "n_decided", "tie_share", "win_rate_ties_half")
+    for judge in ("gold", "reward"):
+        row = GOOD["tuned_against_base"]["win_rates"][f"{judge}_overall"]
+        expected = {name: row[name] for name in names} | {"ci95": [row["low"], row["high"]]}
+        assert summary["evaluation"].pop(judge) == expected
+    right = GOOD["tuned_against_base"]["fully_right"]["difference"]
+    assert summary == {
+        "evaluation": {
+            "fully_right": {"base": 0.5, "tuned": 0.625, "ci95": [right["low"], right["high"]]},
+            "diversity_ratio": 0.95,
+        },
+        "reward_model": {
+            "macro_f1": 0.85,
+            "ci95": [0.84, 0.86],
+            "ceiling": 0.9,
+            "constant_f1": 0.67,
+            "plain_head_macro_f1": 0.8,
+        },
+        "train": {"loss": 0.1, "steps": 200, "pairs": 300},
+    }
+
+
+def test_without_a_gold_judge_its_figures_are_null_and_nothing_is_gated() -> None:
+    result = deepcopy(GOOD)
+    tuned = result["tuned_against_base"]
+    del tuned["win_rates"]["gold_overall"]
+    tuned["fully_right"] = tuned["diversity"]["among_fully_right"] = None
+    unknown = PART | {"ceiling_macro_f1": None}
+    summary = summarise(result, OTHER | {"base": unknown}, TRAINING, None)
+    assert summary["evaluation"]["gold"] is summary["evaluation"]["fully_right"] is None
+    assert summary["evaluation"]["diversity_ratio"] is summary["reward_model"]["plain_head_macro_f1"] is None
+    assert summary["reward_model"]["macro_f1"] == OTHER["macro_f1"]
+    assert gates(summary) == []
+    assert "its own training reward, the only judge" in verdict(result)
+
+
+GOOD_SUMMARY = summarise(GOOD, REWARD, TRAINING, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "failing"),
+    [
+        ("evaluation.gold.win_rate", 0.69, "gold win rate of tuned over base"),
+        ("evaluation.gold.n_decided", 299, "decided images"),
+        ("evaluation.gold.ci95", [0.60, 0.8], "gold win rate, lower end"),
+        ("evaluation.fully_right.tuned", 0.549, "fully right, tuned - base"),
+        ("evaluation.fully_right.ci95", [0.0, 0.2], "fully right, lower end"),
+        ("evaluation.diversity_ratio", 0.89, "diversity"),
+        ("evaluation.diversity_ratio", None, "diversity"),
+        ("reward_model.macro_f1", 0.833, "reward model, macro-F1"),
+        ("reward_model.ceiling", 0.92, "ceiling of the ratings"),
+        ("reward_model.ceiling", None, "share of the ceiling"),
+    ],
+)
+def test_each_gate_fails_by_its_name(
+    path: str, value: object, failing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = deepcopy(GOOD_SUMMARY)
+    *parents, last = path.split(".")
+    section = summary
+    for name in parents:
+        section = section[name]
+    section[last] = value
+    write_json(summary, tmp_path / "summary.json")
+    assert gates_main([str(tmp_path / "summary.json")]) == 1
+    said = capsys.readouterr()
+    assert failing in said.err
+    assert any(line.startswith("FAILS") and failing in line for line in said.out.splitlines())
+
+
+def test_gates_hold_for_good_figures_and_bad_files_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(GOOD_SUMMARY, tmp_path / "summary.json")
+    assert gates_main([str(tmp_path / "summary.json")]) == 0
+    assert capsys.readouterr().out.count("holds") == 9
+    write_json({"other": 1}, tmp_path / "other.json")
+    for wrong in ("none.json", "other.json"):
+        assert gates_main([str(tmp_path / wrong)]) == 2
+        assert wrong in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        (GOOD, "Improved by the gold judge: tuned beats base on 75.0% of 400"),
-        (results(row(0.52, 0.47, 0.57)), "Not separable"),
-        (results(row(0.4, 0.35, 0.45)), "Worse"),
-        (
-            results(row(0.4, 0.35, 0.45), over_optimised=True),
-            "Over-optimised: the reward went up and the gold judge down",
-        ),
+        (GOOD, "Improved by the gold judge: tuned beats base on 75.0% of 400 decided images"),
+        (GOOD, "The best of 4 base images by the reward model beats base on 75.0%"),
+        (results(rate(0.52, 0.47, 0.57)), "Not separable"),
+        (results(rate(0.4, 0.35, 0.45)), "Worse"),
+        (results(rate(0.4, 0.35, 0.45), True), "Over-optimised: the reward went up and the gold judge down"),
+        (results(rate(None, None, None, 0)), "Nothing can be said"),
     ],
 )
-def test_the_verdict_says_no_more_than_the_interval(result: dict[str, Any], said: str) -> None:
+def test_the_verdict_says_no_more_than_the_interval(result: Json, said: str) -> None:
     assert said in verdict(result)
 
 
-def test_the_page_is_the_same_bytes_and_prompts_are_text() -> None:
-    assert page() == page()
-    assert SCRIPT not in page() and "&lt;script&gt;" in page()
-    assert not any(f'{name}="http' in page() for name in ("src", "href", "action"))
+def test_equal_inputs_give_equal_bytes(project: Path, reports: Path, tmp_path: Path) -> None:
+    again = report(project, tmp_path / "reports")
+    files = sorted(path.relative_to(reports) for path in reports.rglob("*") if path.is_file())
+    assert {"index.html", "summary.json", "grid.png", "judges.png", "win_rates.csv"} <= {path.name for path in files}
+    assert all((reports / path).read_bytes() == (again / path).read_bytes() for path in files)
+
+
+def test_a_missing_input_is_named_and_nothing_is_written(project: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "project"
+    shutil.copytree(project, broken)
+    (broken / "evaluation" / "results.json").unlink()
+    with pytest.raises(UserError, match=r"results\.json"):
+        report(broken, tmp_path / "reports")
+    assert not (tmp_path / "reports" / "index.html").exists()
+
+
+def test_prompts_are_text_and_nothing_comes_from_the_network(reports: Path) -> None:
+    page = (reports / "index.html").read_text()
+    assert ATTACK not in page and "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"""(src|href|action)\s*=\s*["']?(https?:)?//|@import|url\(["']?http""", page)
+    assert len(page) < 5_000_000
+
+
+def test_wins_losses_and_ties_are_what_they_say() -> None:
+    base, tuned = images(0), images(1)
+    delta = differences(base, tuned, "gold_overall")
+    chosen = choose(base, tuned, "gold_overall", tie_band=0.1)
+    assert [one.delta for one in chosen["Biggest wins"]] == list(delta[:8])
+    assert [one.delta for one in chosen["Biggest losses"]] == list(delta[::-1][:8])
+    assert chosen["Ties"] and all(abs(one.delta) <= 0.1 for one in chosen["Ties"])
+
+
+def test_large_images_are_made_small_for_the_page() -> None:
+    large = encode_png(np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), dtype=np.uint8))
+    assert data_uri(large).startswith("data:image/jpeg;") and len(data_uri(large)) < 100_000
+    small = encode_png(np.zeros((64, 64, 3), np.uint8))
+    assert data_uri(small).startswith("data:image/png;")
+
+
+def test_every_study_has_its_table() -> None:
+    tables = study_tables(FILES)
+    assert len(tables) == len(STUDIES) == len(FILES)
+    assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
+    losses = next(table for table in tables if "Losses" in table.title)
+    assert losses.rows[0][2] == "0.60* (0.50 to 0.70)" and losses.rows[1][5] == "ran away"
+
+
+def test_the_picture_for_the_readme_has_eight_columns(reports: Path) -> None:
+    with Image.open(reports / "plots" / "grid.png") as picture:
+        assert picture.width == 2 * 8 + 8 * 132 and "Software" not in picture.info
 
 
 @pytest.fixture(scope="session")
@@ -133,19 +354,20 @@ def chromium() -> str:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_fits_a_wide_and_a_narrow_screen(chromium: str, width: int, tmp_path: Path) -> None:
-    """The page in a frame of that width: a real browser window has a least width of its own."""
-    (tmp_path / "page.html").write_text(page(), encoding="utf-8")
+def test_the_page_fits_a_wide_and_a_narrow_screen(chromium: str, reports: Path, width: int, tmp_path: Path) -> None:
+    """In a frame of that width, since a browser window has a least width of its own."""
+    shutil.copyfile(reports / "index.html", tmp_path / "page.html")
     (tmp_path / "frame.html").write_text(
         f"""<iframe src="page.html" width="{width}" height="900" onload="
-        const d = this.contentDocument; document.title = [d.title, d.documentElement.scrollWidth,
-        [...d.images].filter(i => i.naturalWidth === 8).length, d.querySelectorAll('svg').length]
-        .join('|')"></iframe>"""
+        const page = this.contentDocument; document.title = JSON.stringify([page.title,
+        page.documentElement.scrollWidth, [...page.images].filter(image => image.naturalWidth === 16).length,
+        page.querySelectorAll('svg').length, page.querySelectorAll('script').length])"></iframe>"""
     )
-    command = [chromium, *FLAGS, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width + 100},1000"]
     command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    title, scroll_width, shown, drawings = dom.split("<title>")[1].split("</title>")[0].split("|")
-    assert title == "DSPO report"
-    assert int(scroll_width) <= width
-    assert int(shown) == 48 and int(drawings) == 3
+    title, scroll_width, shown, drawings, scripts = json.loads(dom.split("<title>")[1].split("</title>")[0])
+    assert title == "DSPO report" and scripts == 0
+    assert scroll_width <= width
+    assert shown == (reports / "index.html").read_text().count("<img ") and shown >= 40
+    assert drawings == 4

@@ -1,6 +1,7 @@
 """The plots of the report, as SVG for the page and PNG for files; equal figures give equal bytes."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,101 +9,129 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 
 matplotlib.rcParams["svg.hashsalt"] = "dspo"
 matplotlib.rcParams["svg.fonttype"] = "none"
 
-BASE_COLOUR, TUNED_COLOUR = "#8a8f98", "#1668c5"
-Pixels = NDArray[np.uint8]
+BASE_COLOUR, TUNED_COLOUR, THIRD_COLOUR = "#8a8f98", "#2f7fd6", "#d9822b"
+QUARTILES = ("q1", "q2", "q3", "q4")
 
 
-def new_figure(width: float = 6.4, height: float = 3.2) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def svg(figure: Figure) -> str:
-    """The figure without XML head and dates; colours of text follow the page."""
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an element for the page: no XML head, no dates, ids that begin with ``name``.
+
+    Black is left to the page, whose text may be light on dark.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace("#000000", "currentColor")
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=110, facecolor="white", metadata={"Software": None})
 
 
-def training_curves(log: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
-    """Loss of steps and held-out pairs, implicit accuracy, margin, and the reward on validation prompts."""
-    figure = new_figure(7.6, 4.6)
-    axes = figure.subplots(2, 2)
+def training_curves(log: pd.DataFrame, epochs: pd.DataFrame, best_epoch: int) -> Figure:
+    """Loss, reward, implicit accuracy, margin, spread of u and DSPO's pull, over steps.
+
+    ``log``: one row per step; ``epochs``: one row per epoch on held-out pairs, epoch 0 is the untrained adapter.
+    """
+    figure = new_figure(9.6, 5.2)
+    axes = figure.subplots(2, 3)
     smooth = log["loss"].rolling(max(1, len(log) // 20), min_periods=1).mean()
-    axes[0, 0].plot(log["step"], smooth, color=TUNED_COLOUR, label="training, running mean")
-    axes[0, 0].plot(epochs["step"], epochs["loss"], "o-", color=BASE_COLOUR, label="held-out")
-    axes[0, 0].set_title("loss")
-    axes[0, 0].legend(frameon=False)
-    for axis, name, title in (
-        (axes[0, 1], "reward", "reward of images of validation prompts"),
-        (axes[1, 0], "implicit_accuracy", "implicit accuracy, held-out"),
-        (axes[1, 1], "margin", "margin of the implicit reward, held-out"),
-    ):
-        axis.plot(epochs["step"], epochs[name], "o-", color=TUNED_COLOUR)
-        axis.set_title(title)
+    axes[0, 0].plot(log["step"], smooth, color=BASE_COLOUR, label="training, running mean")
+    over_epochs(axes[0, 0], epochs, ["loss"], "loss", ["held-out"])
+    over_epochs(axes[0, 1], epochs, ["reward"], "reward, validation prompts")
+    over_epochs(axes[0, 2], epochs, ["implicit_accuracy"], "implicit accuracy, held-out")
+    over_epochs(axes[1, 0], epochs, ["margin"], "margin, held-out")
+    by_noise = [f"u_std_{quartile}" for quartile in QUARTILES]
+    over_epochs(axes[1, 1], epochs, ["u_std", *by_noise], "std of u: all, and by quarter of t", ["all", *QUARTILES])
+    over_epochs(axes[1, 2], epochs, ["pull"], "pull k‖e-r‖ / ‖e-y‖")
+    axes[1, 2].axhline(0.1, color=THIRD_COLOUR, linewidth=1, linestyle="--")
+    kept = epochs["step"].iloc[best_epoch]
     for axis in axes.flat:
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.axvline(kept, color=BASE_COLOUR, linewidth=1, linestyle=":")
     return figure
+
+
+def over_epochs(
+    axis: Axes, epochs: pd.DataFrame, columns: Sequence[str], title: str, labels: Sequence[str] = ()
+) -> None:
+    """Lines of the columns that were measured; the first is the one that counts."""
+    for number, column in enumerate(columns):
+        if column in epochs and epochs[column].notna().any():
+            strong = number == 0
+            look = {"color": TUNED_COLOUR, "marker": "o"} if strong else {"alpha": 0.3 + 0.15 * number}
+            colour = {} if strong else {"color": THIRD_COLOUR}
+            label = labels[number] if labels else None
+            axis.plot(epochs["step"], epochs[column], linewidth=1.5, markersize=4, label=label, **look, **colour)
+    plain(axis, title, "step")
+    if labels and axis.lines:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def plain(axis: Axes, title: str, x: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def judges_plot(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Decided win rate of tuned over base by every judge, with its 95 % interval."""
-    shown = [(name, row) for name, row in rows.items() if row["win_rate"] is not None]
-    figure = new_figure(7.0, 0.34 * len(shown) + 0.9)
+    shown = [(name, row) for name, row in rows.items() if row["win_rate"] is not None][::-1]
+    figure = new_figure(7.0, 0.32 * len(shown) + 0.9)
     axis = figure.subplots()
-    for position, (_name, row) in enumerate(reversed(shown)):
-        axis.plot([row["low"], row["high"]], [position, position], color=TUNED_COLOUR, linewidth=3, alpha=0.4)
-        axis.plot(row["win_rate"], position, "o", color=TUNED_COLOUR)
-    axis.axvline(0.5, color=BASE_COLOUR, linewidth=1)
-    axis.set_yticks(range(len(shown)), [name.replace("_", " ") for name, _ in reversed(shown)])
+    for position, (name, row) in enumerate(shown):
+        colour = BASE_COLOUR if name.startswith("reward") else TUNED_COLOUR
+        axis.plot([row["low"], row["high"]], [position, position], color=colour, linewidth=3, alpha=0.5)
+        axis.plot(row["win_rate"], position, "o", color=colour)
+    axis.axvline(0.5, color=THIRD_COLOUR, linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(shown)), [name.replace("_", " ") for name, _ in shown])
     axis.set_xlim(0, 1)
-    axis.set_xlabel("win rate of tuned over base, decided images")
-    axis.spines[["top", "right"]].set_visible(False)
+    plain(axis, "Win rate of tuned over base; grey: the reward that was trained on", "share of decided images")
     return figure
 
 
 def score_distributions(base: pd.DataFrame, tuned: pd.DataFrame, columns: Sequence[str]) -> Figure:
     """Histograms of each score, base beside tuned, in common bins."""
-    rows = (len(columns) + 2) // 3
-    figure = new_figure(7.6, 1.9 * rows)
-    axes = figure.subplots(rows, 3, squeeze=False)
+    across = 4
+    rows = -(-len(columns) // across)
+    figure = new_figure(9.6, 1.75 * rows)
+    axes = figure.subplots(rows, across, squeeze=False)
     for axis, column in zip(axes.flat, columns, strict=False):
         bins = np.histogram_bin_edges(np.concatenate([base[column], tuned[column]]), bins=24)
-        axis.hist(base[column], bins=bins, color=BASE_COLOUR, alpha=0.6, label="base")
-        axis.hist(tuned[column], bins=bins, color=TUNED_COLOUR, alpha=0.6, label="tuned")
-        axis.set_title(column.replace("_", " "), fontsize=9)
+        axis.hist(base[column], bins=bins, color=BASE_COLOUR, alpha=0.55, label="base")
+        axis.hist(tuned[column], bins=bins, color=TUNED_COLOUR, histtype="step", linewidth=1.5, label="tuned")
+        plain(axis, column.replace("_", " "), "")
         axis.set_yticks([])
-        axis.spines[["top", "right", "left"]].set_visible(False)
     for axis in list(axes.flat)[len(columns) :]:
         axis.set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def _framed(image: Pixels) -> Pixels:
-    return np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255)
-
-
-def grid(pairs: Sequence[tuple[Pixels, Pixels]], columns: int = 8, scale: int = 2) -> Image.Image:
-    """Base above tuned, ``columns`` pairs to a row."""
-    rows = []
-    for start in range(0, len(pairs) - len(pairs) % columns, columns):
-        part = pairs[start : start + columns]
-        rows += [np.concatenate([_framed(pair[k]) for pair in part], axis=1) for k in range(2)]
-        rows.append(np.full((6, rows[-1].shape[1], 3), 255, np.uint8))
-    picture = np.concatenate(rows[:-1], 0)
-    return Image.fromarray(picture).resize(
-        (picture.shape[1] * scale, picture.shape[0] * scale), Image.Resampling.NEAREST
-    )
+def reward_curve(curve: pd.DataFrame) -> Figure:
+    """The reward model's loss and its validation likelihood and accuracy, over epochs."""
+    figure = new_figure(9.6, 2.6)
+    axes = figure.subplots(1, 3)
+    axes[0].plot(curve["epoch"], curve["train_loss"], color=TUNED_COLOUR)
+    plain(axes[0], "training loss", "epoch")
+    for axis, name, title in (
+        (axes[1], "nll", "negative log-likelihood, validation"),
+        (axes[2], "accuracy", "pair accuracy, validation"),
+    ):
+        axis.plot(curve["epoch"], curve[f"validation_{name}_raw"], color=BASE_COLOUR, label="raw")
+        axis.plot(curve["epoch"], curve[f"validation_{name}_ema"], color=TUNED_COLOUR, label="EMA")
+        axis.legend(frameon=False, fontsize=8)
+        plain(axis, title, "epoch")
+    return figure

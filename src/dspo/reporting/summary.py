@@ -13,23 +13,33 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
     ``ablation``: the committed reports/ablation.json.
     """
     tuned = results["tuned_against_base"]
+    reward = judged_part(reward_report)
     return {
         "evaluation": {
             "gold": win_rate(tuned["win_rates"], "gold_overall"),
             "reward": win_rate(tuned["win_rates"], "reward_overall"),
-            "second": win_rate(tuned["win_rates"], "second"),
             "fully_right": fully_right(tuned),
             "diversity_ratio": diversity_ratio(tuned),
         },
         "reward_model": {
-            "macro_f1": reward_report["macro_f1"],
-            "ci95": [reward_report["macro_f1_low"], reward_report["macro_f1_high"]],
-            "ceiling": reward_report["ceiling_macro_f1"],
-            "constant_f1": reward_report["constant_f1"],
+            "macro_f1": reward["macro_f1"],
+            "ci95": [reward["macro_f1_low"], reward["macro_f1_high"]],
+            "ceiling": reward["ceiling_macro_f1"],
+            "constant_f1": reward["constant_f1"],
             "plain_head_macro_f1": ablation["plain_head_macro_f1"] if ablation else None,
         },
         "train": {"loss": training["train_loss"], "steps": training["steps"], "pairs": training["pairs"]},
     }
+
+
+def judged_part(reward_report: Json) -> Json:
+    """The test pairs that the reward model is held to.
+
+    Simulated raters have their ceiling of 0.90 on pairs of the base model's own samples: there figure and ceiling
+    belong together. Without a known ceiling, all pairs.
+    """
+    base: Json = reward_report["base"]
+    return base if base["ceiling_macro_f1"] is not None else reward_report
 
 
 def win_rate(rows: Json, judge: str) -> dict[str, Any] | None:
@@ -41,7 +51,7 @@ def win_rate(rows: Json, judge: str) -> dict[str, Any] | None:
 
 
 def fully_right(tuned: Json) -> dict[str, Any] | None:
-    row = tuned.get("fully_right")
+    row = tuned["fully_right"]
     if row is None:
         return None
     difference = row["difference"]
@@ -54,6 +64,7 @@ def fully_right(tuned: Json) -> dict[str, Any] | None:
 
 def diversity_ratio(tuned: Json) -> float | None:
     """Among fully right images of a prompt, tuned over base: the lower of free attributes and pixel distance."""
-    kinds = (tuned.get("diversity") or {}).get("among_fully_right") or {}
-    values = [kinds[name]["value"] for name in ("attributes", "pixels") if kinds.get(name, {}).get("value") is not None]
-    return min(values) if values else None
+    spread = tuned["diversity"]["among_fully_right"] or {}
+    values = [spread[name]["value"] for name in ("attributes", "pixels") if name in spread]
+    known = [value for value in values if value is not None]
+    return min(known) if known else None

@@ -5,85 +5,80 @@ python -m dspo.stages.report --params params.yaml --evaluation data/evaluation -
 """
 
 import hashlib
-import json
 import logging
+import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from matplotlib.figure import Figure
 
 from dspo.data.files import read_json, write_json
-from dspo.data.images import decode_image, read_table
+from dspo.data.images import read_table
 from dspo.params import Params, load_params
 from dspo.reporting import plots
-from dspo.reporting.page import choose, render_page
+from dspo.reporting.page import render_page
+from dspo.reporting.pictures import choose, grid
+from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
-
-STUDIES = ("losses", "ablation", "overopt", "audit", "base")
 
 
 def main(argv: list[str]) -> None:
     paths = arguments(__doc__, argv, "evaluation", "reward", "training", "pairs", "output")
     params = load_params(paths.params)
     inputs = [paths.evaluation, paths.reward, paths.training, paths.pairs]
-    scratch = open_scratch("report", {"params": params.model_dump(mode="json")}, inputs)
+    files = {name: paths.output / f"{name}.json" for name in STUDIES}
+    committed = {name: path for name, path in files.items() if path.exists()}
+    scratch = open_scratch("report", params.model_dump(mode="json"), [*inputs, *committed.values()])
+
     results, reward = read_json(paths.evaluation / "results.json"), read_json(paths.reward / "report.json")
-    studies = {name: paths.output / f"{name}.json" for name in STUDIES if (paths.output / f"{name}.json").exists()}
-    ablation = read_json(studies["ablation"]) if "ablation" in studies else None
-    summary = summarise(results, reward, read_json(paths.training / "metrics.json"), ablation)
-    write_json(summary, scratch.path / "summary.json")
-
-    base, tuned = (read_images(paths.evaluation / f"{name}.parquet") for name in ("base", "tuned"))
-    column = "gold_overall" if "gold_overall" in base else "reward_overall"
-    figures = write_plots(scratch.path / "plots", paths.training, results, base, tuned, column)
+    training = read_json(paths.training / "metrics.json")
+    studies = {name: read_json(path) for name, path in committed.items()}
+    summary = summarise(results, reward, training, studies.get("ablation"))
+    base, tuned = (pd.DataFrame(read_table(paths.evaluation / f"{x}.parquet").to_pydict()) for x in ("base", "tuned"))
+    judge = "gold_overall" if "gold_overall" in base else "reward_overall"
+    figures = draw(paths, results, training, base, tuned)
     page = render_page(
-        results,
-        summary,
-        choose(base, tuned, column),
-        figures,
-        reward,
-        configuration(params),
-        {str(path): digest(path) for path in inputs},
-        {name: json.dumps(read_json(path), indent=1, sort_keys=True) for name, path in studies.items()},
+        results=results,
+        summary=summary,
+        pictures=choose(base, tuned, judge, results["tuned_against_base"]["win_rates"][judge]["tau"]),
+        figures={name: plots.svg(figure, name) for name, figure in figures.items()},
+        reward=reward,
+        training=training,
+        params=configuration(params),
+        hashes={str(path): digest(path) for path in inputs},
+        studies=study_tables(studies),
     )
+
+    write_json(summary, scratch.path / "summary.json")
     (scratch.path / "index.html").write_text(page, encoding="utf-8")
-    scratch.publish({name: paths.output / name for name in ("summary.json", "index.html", "plots")})
-
-
-def read_images(path: Path) -> pd.DataFrame:
-    return pd.DataFrame(read_table(path).to_pydict())
-
-
-def write_plots(
-    folder: Path, training: Path, results: dict[str, Any], base: pd.DataFrame, tuned: pd.DataFrame, column: str
-) -> dict[str, str]:
-    """Write every plot as a file and return those of the page as SVG."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    folder = scratch.path / "plots"
     folder.mkdir(exist_ok=True)
-    scores = [name for name in base if str(name).startswith(("reward_", "gold_")) and name != "gold_fully_right"]
-    drawn = {
-        "training": plots.training_curves(pd.read_csv(training / "log.csv"), pd.read_csv(training / "epochs.csv")),
-        "judges": plots.judges_plot(results["tuned_against_base"]["win_rates"]),
-        "distributions": plots.score_distributions(base, tuned, [str(name) for name in scores]),
-    }
-    for name, figure in drawn.items():
+    for name, figure in figures.items():
         plots.save_png(figure, folder / f"{name}.png")
-    plots.grid(typical_pairs(base, tuned, column)).save(folder / "grid.png", optimize=True)
-    return {name: plots.svg(figure) for name, figure in drawn.items()}
+    grid(base, tuned, judge).save(folder / "grid.png", optimize=True)
+    shutil.copyfile(paths.evaluation / "win_rates.csv", folder / "win_rates.csv")
+    shutil.copyfile(paths.training / "epochs.csv", folder / "epochs.csv")
+    scratch.publish({name: paths.output / name for name in ("plots", "index.html", "summary.json")})
 
 
-def typical_pairs(base: pd.DataFrame, tuned: pd.DataFrame, column: str, number: int = 16) -> list[tuple[Any, Any]]:
-    """Image pairs at evenly spaced ranks of the difference, best first: what wins, what stays and what loses."""
-    order = (tuned[column] - base[column]).sort_values(kind="stable", ascending=False).index
-    ranks = [round((k + 0.5) * len(order) / number) for k in range(number)]
-    rows = [order[min(rank, len(order) - 1)] for rank in ranks]
-    return [
-        (decode_image(base.loc[i, "image"], f"base image {i}"), decode_image(tuned.loc[i, "image"], f"tuned image {i}"))
-        for i in rows
-    ]
+def draw(
+    paths: Namespace, results: dict[str, Any], training: dict[str, Any], base: pd.DataFrame, tuned: pd.DataFrame
+) -> dict[str, Figure]:
+    """Every plot by its name."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    rates = results["tuned_against_base"]["win_rates"]
+    log, epochs = (pd.read_csv(paths.training / f"{name}.csv") for name in ("log", "epochs"))
+    return {
+        "judges": plots.judges_plot(rates),
+        "distributions": plots.score_distributions(base, tuned, list(rates)),
+        "training": plots.training_curves(log, epochs, training["best_epoch"]),
+        "reward": plots.reward_curve(pd.read_csv(paths.reward / "curve.csv")),
+    }
 
 
 def configuration(params: Params) -> str:
@@ -92,12 +87,11 @@ def configuration(params: Params) -> str:
 
 
 def digest(path: Path) -> str:
-    """sha256 over the names and bytes of a folder's files."""
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            total.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
-    return total.hexdigest()[:16]
+    """md5 over the names and bytes of a folder's files."""
+    total = hashlib.md5(usedforsecurity=False)
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        total.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""The committed studies as tables: what their JSON files hold, without the parts that only programs read."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dspo.reporting.tables import JUDGES, NONE, Json, Table, interval, number, rate
+
+
+def study_tables(studies: Json) -> list[Table]:
+    """One table for each study that was run; ``studies``: name -> what its file holds."""
+    return [_TABLES[name](studies[name]) for name in _TABLES if name in studies]
+
+
+def _losses(study: Json) -> Table:
+    cells = {(row["first"], row["second"]): row for row in study["head_to_head"]}
+    settings = study["settings"]
+    rows = [
+        [
+            name,
+            rate(arm["against_base"]),
+            rate(cells.get((name, "sft"))),
+            rate(cells.get((name, "dpo"))),
+            number(arm["fully_right"]),
+            "ran away" if arm["ran_away"] else f"{arm['drift']:.2e}",
+            number(arm["training_seconds"], 0),
+        ]
+        for name, arm in study["arms"].items()
+    ]
+    within = "; ".join(f"{row['first']} over {row['second']}: {rate(row)}" for row in _within(study["head_to_head"]))
+    note = (
+        f"{settings['trials']} trials on validation prompts and {settings['seeds']} seeds for each row; "
+        f"{settings['prompts']} fresh prompts with {settings['images_per_prompt']} images. Win rates by the gold judge "
+        f"over decided images, 95 % intervals over seeds and prompts; * separable after Holm's correction. {within}"
+    )
+    columns = ("loss", "over base", "over sft", "over dpo", "fully right", "drift", "seconds")
+    return Table("Losses beside each other", columns, rows, note)
+
+
+def _within(contests: Iterable[Json]) -> list[Json]:
+    """DSPO against its own controls."""
+    return [row for row in contests if row["second"] not in ("sft", "dpo")]
+
+
+def _ablation(study: Json) -> Table:
+    rows = [
+        [
+            name,
+            number(row["macro_f1"], 4),
+            interval(row["macro_f1_low"], row["macro_f1_high"], 4),
+            f"{row['difference_to_full']:+.4f}",
+            interval(row["difference_low"], row["difference_high"], 4),
+        ]
+        for name, row in study["rows"].items()
+    ]
+    note = (
+        f"Macro-F1 on {study['n_pairs']} decided votes of {study['n_prompts']} test prompts, ceiling "
+        f"{number(study['ceiling_macro_f1'], 4)}. Differences are paired; one seed."
+    )
+    columns = ("variant", "macro-F1", "95 % interval", "difference to full", "95 % interval")
+    return Table("What each part of the reward model is worth", columns, rows, note)
+
+
+def _overopt(study: Json) -> Table:
+    rows = []
+    for row in study["rows"]:
+        rates = row.get("win_rates", {})
+        name = f"{row['count'] or 'all'} ratings, c = {row['wrong_taste']:g}, {row['loss']}, × {row['strength']:g}"
+        says = "ran away" if row["ran_away"] else "over-optimised" if row["over_optimised"] else NONE
+        judges = [rate(rates.get(judge)) for judge in JUDGES]
+        rows.append([name, *judges, f"{row['drift']:.2e}" if "drift" in row else NONE, says])
+    falls = f"Gold falls on {len(study['gold_falls_on'])} of {len(rows)} rows" if study["gold_falls_on"] else ""
+    note = (
+        f"{falls or 'Gold never falls'}; the detector fires on {len(study['detector_fires_on'])}. "
+        "Win rates over base by the reward that was trained on and by judges that were not; strength is times the "
+        "learning rate; c is the raters' wrong taste."
+    )
+    columns = ("raters and training", *JUDGES.values(), "drift", "detector")
+    return Table("Where the proxy rises and gold does not", columns, rows, note)
+
+
+def _audit(study: Json) -> Table:
+    rates = study["tuned_against_base"]["win_rates"]
+    rows = [
+        [name.replace("_", " "), rate(row), str(row["n_decided"]), str(row["n_images"])] for name, row in rates.items()
+    ]
+    note = f"The adapter on {study['num_prompts']} fresh prompts with {study['seeds']} seeds, seed {study['seed']}."
+    return Table("Audit", ("judge", "win rate over base", "decided", "images"), rows, note)
+
+
+def _base(study: list[Json]) -> Table:
+    rows = [
+        [
+            f"{row['scheduler']}, {row['steps']} steps, guidance {row['guidance_scale']:g}",
+            number(row["gold"]),
+            number(row["fully_right"]),
+            str(row["n_images"]),
+        ]
+        for row in study
+    ]
+    note = "Mean gold score and fully right share of base images of validation prompts, the highest gold score first."
+    return Table("The base's own best sampler setting", ("setting", "gold", "fully right", "images"), rows, note)
+
+
+_TABLES: dict[str, Callable[[Any], Table]] = {
+    "losses": _losses,
+    "ablation": _ablation,
+    "overopt": _overopt,
+    "audit": _audit,
+    "base": _base,
+}
+STUDIES = tuple(_TABLES)
