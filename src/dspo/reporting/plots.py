@@ -69,11 +69,11 @@ def over_epochs(
     """Lines of the columns that were measured; the first is the one that counts."""
     for number, column in enumerate(columns):
         if column in epochs and epochs[column].notna().any():
-            strong = number == 0
-            look = {"color": TUNED_COLOUR, "marker": "o"} if strong else {"alpha": 0.3 + 0.15 * number}
-            colour = {} if strong else {"color": THIRD_COLOUR}
+            look: dict[str, Any] = {"color": TUNED_COLOUR, "marker": "o", "markersize": 4}
+            if number > 0:
+                look = {"color": THIRD_COLOUR, "alpha": 0.25 + 0.18 * number}
             label = labels[number] if labels else None
-            axis.plot(epochs["step"], epochs[column], linewidth=1.5, markersize=4, label=label, **look, **colour)
+            axis.plot(epochs["step"], epochs[column], linewidth=1.5, label=label, **look)
     plain(axis, title, "step")
     if labels and axis.lines:
         axis.legend(frameon=False, fontsize=8)

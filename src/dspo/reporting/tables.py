@@ -20,11 +20,16 @@ class Table:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
+    return NONE if value is None else f"{value:z.{digits}f}"  # z: no "-0.000"
 
 
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:
-    return NONE if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
+    return NONE if low is None or high is None else f"{low:z.{digits}f} to {high:z.{digits}f}"
+
+
+def main_first(rows: Json) -> dict[str, Any]:
+    """The judges that a verdict is read from before the single heads."""
+    return {name: rows[name] for name in sorted(rows, key=lambda name: (name not in JUDGES, name))}
 
 
 def rate(row: Json | None) -> str:
@@ -39,8 +44,8 @@ def words(name: str) -> str:
     return name.removeprefix("drift_").replace("_", " ")
 
 
-def estimate(row: Json) -> list[str]:
-    return [number(row["value"]), interval(row["low"], row["high"])]
+def estimate(row: Json, digits: int = 3) -> list[str]:
+    return [number(row["value"], digits), interval(row["low"], row["high"], digits)]
 
 
 def win_rates(rows: Json) -> Table:
@@ -54,7 +59,7 @@ def win_rates(rows: Json) -> Table:
             number(row["tie_share"]),
             number(row["win_rate_ties_half"]),
         ]
-        for name, row in rows.items()
+        for name, row in main_first(rows).items()
     ]
     return Table("Win rates by judge", columns, lines)
 
@@ -62,8 +67,13 @@ def win_rates(rows: Json) -> Table:
 def changes(title: str, rows: Json) -> Table:
     """Means of base and tuned, and their paired difference."""
     lines = [
-        [words(name), number(row["base"]["value"]), number(row["tuned"]["value"]), *estimate(row["difference"])]
-        for name, row in rows.items()
+        [
+            words(name),
+            number(row["base"]["value"], 4),
+            number(row["tuned"]["value"], 4),
+            *estimate(row["difference"], 4),
+        ]
+        for name, row in main_first(rows).items()
     ]
     return Table(title, ("", "base", "tuned", "difference", "95 % interval"), lines)
 

@@ -23,6 +23,7 @@ from dspo.reporting.page import render_page
 from dspo.reporting.pictures import choose, grid
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
+from dspo.reporting.tables import main_first
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
 
@@ -71,7 +72,7 @@ def draw(
 ) -> dict[str, Figure]:
     """Every plot by its name."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    rates = results["tuned_against_base"]["win_rates"]
+    rates = main_first(results["tuned_against_base"]["win_rates"])
     log, epochs = (pd.read_csv(paths.training / f"{name}.csv") for name in ("log", "epochs"))
     return {
         "judges": plots.judges_plot(rates),
