@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.rcParams["svg.hashsalt"] = "dspo"
 matplotlib.rcParams["svg.fonttype"] = "none"
@@ -126,6 +127,7 @@ def reward_curve(curve: pd.DataFrame) -> Figure:
     axes = figure.subplots(1, 3)
     axes[0].plot(curve["epoch"], curve["train_loss"], color=TUNED_COLOUR)
     plain(axes[0], "training loss", "epoch")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis, name, title in (
         (axes[1], "nll", "negative log-likelihood, validation"),
         (axes[2], "accuracy", "pair accuracy, validation"),
@@ -133,5 +135,6 @@ def reward_curve(curve: pd.DataFrame) -> Figure:
         axis.plot(curve["epoch"], curve[f"validation_{name}_raw"], color=BASE_COLOUR, label="raw")
         axis.plot(curve["epoch"], curve[f"validation_{name}_ema"], color=TUNED_COLOUR, label="EMA")
         axis.legend(frameon=False, fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         plain(axis, title, "epoch")
     return figure
