@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeline
 
@@ -376,19 +377,12 @@ def test_stage_writes_adapter_and_log(tmp_path: Path, monkeypatch: pytest.Monkey
     from dspo.stages import train as stage
 
     params_file = tmp_path / "params.yaml"
-    text = Path("params.yaml").read_text()
-    base = save_tiny_pipeline(tmp_path / "base")
-    for old, new in (
-        ("model: models/shapes-sdxl", f"model: {base}"),
-        ("resolution: 64", "resolution: 32"),
-        ("epochs: 10", "epochs: 2"),
-        ("steps: 12", "steps: 2"),
-        ("checkpoint_every_steps: 25", "checkpoint_every_steps: 1"),
-        ("validation_prompts: 32", "validation_prompts: 2"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    params_file.write_text(text)
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    world = params["worlds"]["shapes"]
+    world["base"] |= {"model": str(save_tiny_pipeline(tmp_path / "base")), "resolution": 32}
+    world["train"] |= {"epochs": 2, "batch_size": 16, "checkpoint_every_steps": 1, "validation_prompts": 2}
+    world["evaluate"]["sampler"]["steps"] = 2
+    params_file.write_text(yaml.safe_dump(params))
     (tmp_path / "pairs").mkdir()
     write_pairs_folder(tmp_path / "pairs", n=20)
     (tmp_path / "reward").mkdir()
