@@ -52,22 +52,22 @@ shapes: setup ## train the small base model, CLIP and judge of the shapes world 
 	cp pipelines/shapes/out/shapes-rated.parquet data/raw/shapes-rated.parquet
 
 ablation: setup ## what each part of the reward model is worth
-	python -m dspo.studies.reward_ablation --params params.yaml --ratings data/ratings --output reports
+	python -m dspo.studies.reward_ablation --params params.yaml --ratings data/ratings --output reports/studies
 
 losses: setup ## the preference losses beside each other, tuned on validation, fresh seeds
 	python -m dspo.studies.losses --params params.yaml --prompts data/prompts.csv --validation-prompts data/prompts/validation.csv \
-	  --candidates data/candidates --pairs data/pairs --reward models/reward --second-judge models/shapes-judge --output reports $(STUDY)
+	  --candidates data/candidates --pairs data/pairs --reward models/reward --second-judge models/shapes-judge --output reports/studies $(STUDY)
 
 overopt: setup ## where the proxy goes on rising and the gold judge does not
 	python -m dspo.studies.overopt --params params.yaml --prompts data/prompts.csv --rated data/raw/shapes-rated.parquet \
-	  --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports $(STUDY)
+	  --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports/studies $(STUDY)
 
 audit: setup ## the adapter on fresh prompts and seeds
 	python -m dspo.studies.audit --params params.yaml --prompts data/prompts.csv --adapter models/adapter --reward models/reward \
-	  --second-judge models/shapes-judge --output reports/audit.json $(STUDY)
+	  --second-judge models/shapes-judge --output reports/studies/audit.json $(STUDY)
 
 sampler: setup ## the base's own best sampler setting by gold, on validation prompts
-	python -m dspo.studies.base_sampler --params params.yaml --prompts data/prompts/validation.csv --output reports/base.json $(STUDY)
+	python -m dspo.studies.base_sampler --params params.yaml --prompts data/prompts/validation.csv --output reports/studies/base.json $(STUDY)
 
 test: setup ## all tests
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile

@@ -14,6 +14,7 @@ from dspo.params import World, load_params
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMS = load_params(ROOT / "params.yaml")
+WHOLE = "worlds.${world}"
 GIT_KEEPS = {"report"}  # outputs that DVC does not cache
 
 
@@ -30,7 +31,7 @@ def outs(stage: str) -> dict[str, dict[str, bool]]:
 
 
 def parameters_read(code: str) -> set[str]:
-    """The parameters that a stage's file names: whole sections, or single keys where it takes no more than those."""
+    """The parameters that a stage's file names: the whole world, sections, or single keys where it takes no more."""
     found = set()
     for chain in re.findall(r"\b(?:active|world)\.([\w.]+)", code):
         model: type[BaseModel] | None = World
@@ -41,8 +42,7 @@ def parameters_read(code: str) -> set[str]:
             parts.append(part)
             kind = model.model_fields[part].annotation
             model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-        if parts:
-            found.add(".".join(parts))
+        found.add(".".join([WHOLE, *parts]))
     return {path for path in found if not any(path.startswith(f"{other}.") for other in found)}
 
 
@@ -62,7 +62,7 @@ def test_a_missing_code_dependency_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_declared_parameters_are_those_that_the_stage_reads(stage: str) -> None:
     code = source(stage)
-    read = {f"worlds.${{world}}.{path}" for path in parameters_read(code)} | {"world"}
+    read = parameters_read(code) | {"world"}
     if "params.seed" in code:
         read.add("seed")
     assert sorted(STAGES[stage]["params"]) == sorted(read)
@@ -92,7 +92,9 @@ def test_the_models_of_shapes_are_dependencies_of_the_stages_that_load_them() ->
     world = PARAMS.worlds["shapes"]
     clip = world.reward.backbone.removeprefix("local-dir:")
     assert {name for name, stage in STAGES.items() if world.base.model in stage["deps"]} == {
-        name for name in STAGES if "base" in {path.partition(".")[0] for path in parameters_read(source(name))}
+        name
+        for name in STAGES
+        if "base" in {path.removeprefix(f"{WHOLE}.").partition(".")[0] for path in parameters_read(source(name))}
     }
     assert clip in STAGES["train_reward"]["deps"]
     assert "models/shapes-judge" in STAGES["evaluate"]["deps"]

@@ -182,8 +182,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(project: Path, output: Path) -> Path:
     for name, study in FILES.items():
-        write_json(study, output / f"{name}.json")
-    paths = {name: project / name for name in ("evaluation", "reward", "training", "pairs")} | {"output": output}
+        write_json(study, project / "studies" / f"{name}.json")
+    paths = {name: project / name for name in ("evaluation", "reward", "training", "pairs", "studies")} | {
+        "output": output
+    }
     options = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
     report_main(["--params", str(ROOT / "params.yaml"), *options])
     return output

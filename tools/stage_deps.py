@@ -17,7 +17,8 @@ import grimp
 SOURCE = Path("src")
 STAGE = re.compile(r"^  ([\w-]+):\s*$")
 MODULE = re.compile(r"-m (dspo\.[\w.]+)")
-CODE_LINE = re.compile(r"^      - src/dspo/\S+\.py$")
+CODE_LINE = re.compile(r"^      - src/dspo/\S+$")
+NO_CODE = {"py.typed"}
 
 
 @cache
@@ -26,10 +27,15 @@ def _graph() -> grimp.ImportGraph:
 
 
 def code_of(module: str) -> list[str]:
-    """The source files that running ``module`` imports, its own included, sorted; empty package files left out."""
+    """The source files that running ``module`` imports, its own included, and files such as templates beside them.
+
+    Sorted; empty package files are left out.
+    """
     files = {_file(name) for name in (module, *_graph().find_upstream_modules(module))}
-    packages = {SOURCE / folder / "__init__.py" for file in files for folder in file.relative_to(SOURCE).parents[:-1]}
-    return sorted(str(file) for file in files | packages if file.stat().st_size)
+    folders = {SOURCE / folder for file in files for folder in file.relative_to(SOURCE).parents[:-1]}
+    packages = {folder / "__init__.py" for folder in folders}
+    beside = {path for folder in folders for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+    return sorted(str(path) for path in files | packages | beside if path.stat().st_size and path.name not in NO_CODE)
 
 
 def _file(module: str) -> Path:

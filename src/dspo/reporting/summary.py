@@ -10,7 +10,7 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
     """What ``reports/summary.json`` holds. ``None`` where the world has no gold judge or the study was not run.
 
     ``results``: of the stage evaluate; ``reward_report``: of train_reward; ``training``: metrics.json of train;
-    ``ablation``: the committed reports/ablation.json.
+    ``ablation``: the committed reports/studies/ablation.json.
     """
     tuned = results["tuned_against_base"]
     reward = judged_part(reward_report)

@@ -1,7 +1,7 @@
 """Stage: the figures, the plots and the page.
 
 python -m dspo.stages.report --params params.yaml --evaluation data/evaluation --reward models/reward
-    --training models/training --pairs data/pairs --output reports
+    --training models/training --pairs data/pairs --studies reports/studies --output reports
 """
 
 import hashlib
@@ -29,10 +29,10 @@ from dspo.stages.runner import arguments, run
 
 
 def main(argv: list[str]) -> None:
-    paths = arguments(__doc__, argv, "evaluation", "reward", "training", "pairs", "output")
+    paths = arguments(__doc__, argv, "evaluation", "reward", "training", "pairs", "studies", "output")
     params = load_params(paths.params)
     inputs = [paths.evaluation, paths.reward, paths.training, paths.pairs]
-    files = {name: paths.output / f"{name}.json" for name in STUDIES}
+    files = {name: paths.studies / f"{name}.json" for name in STUDIES}
     committed = {name: path for name, path in files.items() if path.exists()}
     scratch = open_scratch("report", params.model_dump(mode="json"), [*inputs, *committed.values()])
 

@@ -1,7 +1,7 @@
 """Audit: the adapter against the base on prompts and noise that nothing in this repository has used.
 
 python -m dspo.studies.audit --params params.yaml --prompts data/prompts.csv --adapter models/adapter
-    --reward models/reward --second-judge models/shapes-judge --output reports/audit.json
+    --reward models/reward --second-judge models/shapes-judge --output reports/studies/audit.json
 """
 
 import argparse

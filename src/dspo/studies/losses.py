@@ -2,7 +2,7 @@
 
     python -m dspo.studies.losses --params params.yaml --prompts data/prompts.csv
         --validation-prompts data/prompts/validation.csv --candidates data/candidates --pairs data/pairs
-        --reward models/reward --second-judge models/shapes-judge --output reports
+        --reward models/reward --second-judge models/shapes-judge --output reports/studies
 
 writes ``losses.json``, ``losses.csv`` and ``losses.md``. Every training's result is kept, so the command goes on where
 it was killed. Adapters are those of the last epoch, and trials are chosen by the mean gold score on validation prompts.

@@ -1,7 +1,7 @@
 """Over-optimisation: where the training reward goes on rising and the gold judge does not.
 
     python -m dspo.studies.overopt --params params.yaml --prompts data/prompts.csv --rated data/raw/shapes-rated.parquet
-        --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports
+        --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports/studies
 
 Reward models from few and many ratings, by raters with and without a wrong taste, each optimised by DPO and DSPO at
 one, three and ten times the world's learning rate. Writes ``overopt.json`` and ``overopt.csv``; every finished reward

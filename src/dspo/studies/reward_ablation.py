@@ -1,6 +1,6 @@
 """Ablation of the reward model on the held-out ratings.
 
-    python -m dspo.studies.reward_ablation --params params.yaml --ratings data/ratings --output reports
+    python -m dspo.studies.reward_ablation --params params.yaml --ratings data/ratings --output reports/studies
 
 writes ``ablation.json`` and ``ablation.md``. Finished trainings survive a kill.
 """
