@@ -1,10 +1,30 @@
-"""Checkpoints of the trainers that make the small models: the same command again continues."""
+"""What the trainers of the small models share: a command line, and checkpoints to continue from."""
 
+import argparse
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def run_trainer(
+    doc: str | None, train: Callable[[Path, Path, int, int, float, int], None], steps: int, batch_size: int, lr: float
+) -> None:
+    """Read the command line and call ``train(work, output, steps, batch_size, lr, seed)``; numbers are the defaults."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
 
 
 def save_checkpoint(path: Path, step: int, **parts: Any) -> None:

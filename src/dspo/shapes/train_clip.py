@@ -5,7 +5,6 @@ Contrastive learning on rendered scenes and their prompts. A prompt that leaves 
 batch too; those count as negatives, as they do in CLIP.
 """
 
-import argparse
 import json
 import logging
 from pathlib import Path
@@ -20,25 +19,26 @@ from torch.nn import functional as F
 
 from dspo.data.keys import keyed_rng
 from dspo.progress import progress
-from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
+from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.grammar import random_request
 from dspo.shapes.render import SIDE, random_scene, render
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
 
 log = logging.getLogger(__name__)
 
-MODEL = {
-    "embed_dim": 96,
-    "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 96, "layers": 4, "head_width": 24},
-    "text_cfg": {"context_length": CONTEXT_LENGTH, "width": 96, "heads": 4, "layers": 2, "hf_tokenizer_name": "local"},
-}
 MEAN, STD = [0.55, 0.45, 0.45], [0.28, 0.24, 0.24]
 SCENES = 60_000
 NOISE = 0.03  # standard deviation of the pixel noise in training, so that decoded samples look familiar
 
 
 def model_config(vocabulary: int) -> dict[str, object]:
-    return {**MODEL, "text_cfg": {**MODEL["text_cfg"], "vocab_size": vocabulary}}  # type: ignore[dict-item]
+    """open_clip's configuration of the model."""
+    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 96, "heads": 4, "layers": 2}
+    return {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 96, "layers": 4, "head_width": 24},
+        "text_cfg": {**text, "hf_tokenizer_name": "local"},
+    }
 
 
 def training_set(number: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -100,19 +100,5 @@ def save(model: torch.nn.Module, output: Path) -> None:
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, output / "open_clip_model.safetensors")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    run_trainer(__doc__, train, steps=1800, batch_size=192, lr=2e-3)

@@ -3,7 +3,6 @@
 ``python -m dspo.shapes.train_second --work DIR --output models/shapes-judge`` continues where it stopped.
 """
 
-import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from dspo.data.keys import keyed_rng
 from dspo.progress import progress
-from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
+from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.defects import KINDS, spoil
 from dspo.shapes.grammar import COLOURS, PATTERNS, POSITIONS, RELATIONS, SHAPES, SIZES, Request, random_request
 from dspo.shapes.render import random_scene, render_float
@@ -91,19 +90,5 @@ def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed
     save_file({name: value.half().contiguous() for name, value in judge.state_dict().items()}, output / WEIGHTS)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    run_trainer(__doc__, train, steps=2000, batch_size=96, lr=2e-3)

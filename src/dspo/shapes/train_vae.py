@@ -3,7 +3,6 @@
 ``python -m dspo.shapes.train_vae --work DIR --output DIR`` continues where it stopped when run again.
 """
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from dspo.data.keys import keyed_rng
 from dspo.progress import progress
-from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
+from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.grammar import random_request
 from dspo.shapes.render import random_scene, render
 
@@ -106,19 +105,5 @@ def measure_latents(vae: AutoencoderKL, images: Tensor) -> None:
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    run_trainer(__doc__, train, steps=7000, batch_size=16, lr=1.5e-3)
