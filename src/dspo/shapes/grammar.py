@@ -117,7 +117,8 @@ def random_request(rng: np.random.Generator) -> Request:
             )
             for i in range(2)
         )
-        background = colours[2] if kept[4] < 0.75 else None
+        full = bool((kept[:4] < 0.35).all())  # then the background is what stays free
+        background = colours[2] if kept[4] < 0.75 and not full else None
         return Request((first, second), None, str(rng.choice(RELATIONS)), background)
     free = rng.integers(4)  # this one is left free whatever the draws say
     wanted = ObjectRequest(
