@@ -10,9 +10,24 @@ from hypothesis import strategies as st
 from dspo.errors import UserError
 from dspo.shapes.defects import KINDS, spoil
 from dspo.shapes.gold import judge
-from dspo.shapes.grammar import COLOURS, PATTERNS, POSITIONS, SHAPES, ObjectRequest, Request, parse, random_request
+from dspo.shapes.grammar import (
+    ATTRIBUTES,
+    COLOURS,
+    PATTERNS,
+    POSITIONS,
+    SHAPES,
+    ObjectRequest,
+    Request,
+    asked_attributes,
+    asked_value,
+    changed,
+    parse,
+    random_request,
+)
 from dspo.shapes.render import PALETTE, SIDE, Object, Scene, coverage, random_scene, render, render_float
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
+from dspo.shapes.train_clip import patch_contents
+from dspo.shapes.web import CLEAN, FAULTS, web_picture
 
 REQUESTS = [random_request(np.random.default_rng(i)) for i in range(40)]
 SCENES = [random_scene(request, np.random.default_rng(100 + i)) for i, request in enumerate(REQUESTS)]
@@ -136,3 +151,31 @@ def test_the_tokenizer_knows_every_word_of_the_grammar_as_one_token() -> None:
     longest = max((request.prompt() for request in REQUESTS), key=lambda p: len(p.split()))
     assert len(tokenizer(longest).input_ids) <= CONTEXT_LENGTH
     assert tokenizer.eos_token_id == len(tokenizer) - 1
+
+
+def test_a_changed_request_differs_in_the_named_attribute_alone() -> None:
+    rng = np.random.default_rng(3)
+    for request in REQUESTS:
+        for name in asked_attributes(request):
+            wrong = changed(request, name, rng)
+            assert [a for a in ATTRIBUTES if asked_value(wrong, a) != asked_value(request, a)] == [name]
+
+
+def test_pictures_of_the_web_carry_the_faults_that_their_words_name() -> None:
+    drawn = [web_picture(REQUESTS[i % 40], np.random.default_rng(i)) for i in range(400)]
+    for picture in drawn:
+        named = {fault.word for fault, strength in zip(FAULTS, picture.strengths, strict=True) if strength}
+        assert set(picture.words.split()) == (named or {CLEAN})
+        assert (picture.words == CLEAN) == np.array_equal(picture.pixels, render_float(picture.scene))
+    for i, fault in enumerate(FAULTS):
+        assert np.mean([p.strengths[i] > 0 for p in drawn]) == pytest.approx(fault.share, abs=0.06)
+
+
+def test_patch_contents_are_what_the_scene_shows() -> None:
+    scene = Scene((Object("circle", "red", "solid", 20.0, 44.0, 10.0),), "blue")
+    classes, places = patch_contents(scene)
+    at = (44 // 8) * 8 + 20 // 8  # the patch around the object's centre
+    assert classes[at].tolist() == [SHAPES.index("circle"), COLOURS.index("red"), PATTERNS.index("solid")]
+    assert places[at] == pytest.approx([0.0, 0.0, 10 / 16])
+    assert classes[7].tolist() == [len(SHAPES), COLOURS.index("blue"), 0]
+    assert np.sum(classes[:, 0] < len(SHAPES)) == pytest.approx(np.pi * 100 / 64, abs=5)

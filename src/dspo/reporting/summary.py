@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dspo.reward.report import judged_part
+
 Json = Mapping[str, Any]
 
 
@@ -30,16 +32,6 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
         },
         "train": {"loss": training["train_loss"], "steps": training["steps"], "pairs": training["pairs"]},
     }
-
-
-def judged_part(reward_report: Json) -> Json:
-    """The test pairs that the reward model is held to.
-
-    Simulated raters have their ceiling of 0.90 on pairs of the base model's own samples: there figure and ceiling
-    belong together. Without a known ceiling, all pairs.
-    """
-    base: Json = reward_report["base"]
-    return base if base["ceiling_macro_f1"] is not None else reward_report
 
 
 def win_rate(rows: Json, judge: str) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import torch
 from dspo.params import RewardParams
 from dspo.reward.dataset import Floats, RatedPairs, Stems
 from dspo.reward.model import build_model
-from dspo.reward.report import cross_entropy, fit_temperature, macro_f1_difference, reward_report
+from dspo.reward.report import cross_entropy, fit_temperature, judged_part, macro_f1_difference, reward_report
 from dspo.reward.training import score_differences, train_reward
 
 LR_FACTORS = (1.0, 3.0)  # of params' lr_heads
@@ -59,12 +59,16 @@ def ablation_report(trials: dict[str, list[Trial]], test: RatedPairs, seed: int)
     model, ``plain_head_macro_f1`` at the top."""
     chosen = {name: min(tried, key=lambda trial: trial.validation_nll) for name, tried in trials.items()}
     decided = test.vote != 0.5
+    on_base = decided & test.base
+    if not np.isnan(test.p_first[on_base]).all():  # as judged_part has it
+        decided = on_base
     rows = {}
     for name, trial in chosen.items():
         sides = (trial.difference[decided], chosen[FULL].difference[decided])
         gain, low, high = macro_f1_difference(*sides, test.vote[decided] > 0.5, test.prompt_id[decided], seed)
-        metrics = reward_report(
-            test, ("overall",), trial.difference[:, None], trial.difference, {"overall": 1.0}, [], seed
+        difference, temperatures = trial.difference, {"overall": 1.0}
+        metrics = judged_part(
+            reward_report(test, ("overall",), difference[:, None], difference, temperatures, [], seed)
         )
         rows[name] = {
             **{key: metrics[key] for key in ("macro_f1", "macro_f1_low", "macro_f1_high", "pair_accuracy")},

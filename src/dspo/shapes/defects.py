@@ -6,7 +6,7 @@ from scipy import ndimage
 
 Picture = NDArray[np.float64]  # [H, W, 3] in [0, 1]
 
-KINDS = ("blur", "noise", "saturate", "desaturate", "contrast", "sharpen", "warp")
+KINDS = ("blur", "noise", "saturate", "desaturate", "contrast", "sharpen", "warp", "gradient")
 
 
 def spoil(picture: Picture, kind: str, strength: float, rng: np.random.Generator) -> Picture:
@@ -27,6 +27,8 @@ def spoil(picture: Picture, kind: str, strength: float, rng: np.random.Generator
             out = picture + 2 * strength * (picture - ndimage.gaussian_filter(picture, (1, 1, 0)))
         case "warp":
             out = _warp(picture, 4 * strength, rng)
+        case "gradient":
+            out = picture * (1 + 0.5 * strength * _ramp(picture.shape[:2], rng)[..., None])
         case _:
             raise ValueError(kind)
     return np.clip(out, 0.0, 1.0)
@@ -39,3 +41,11 @@ def _warp(picture: Picture, pixels: float, rng: np.random.Generator) -> Picture:
     field *= pixels / max(float(field.std()), 1e-9)
     at = np.mgrid[0:height, 0:width] + field
     return np.stack([ndimage.map_coordinates(picture[..., c], at, order=1, mode="nearest") for c in range(3)], axis=-1)
+
+
+def _ramp(shape: tuple[int, ...], rng: np.random.Generator) -> Picture:
+    """From -1 to 1 across the picture, in a random direction."""
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = (np.linspace(-1, 1, n) for n in shape)
+    ramp = np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]
+    return np.asarray(ramp / np.abs(ramp).max())

@@ -10,7 +10,7 @@ A part in brackets may be left out; what is left out is free, and every prompt l
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,22 @@ POSITIONS = (
     "at the bottom",
     "at the bottom right",
 )  # row by row, so that index // 3 is the row and index % 3 the column
+VALUES: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "size": SIZES,
+    "pattern": PATTERNS,
+    "position": POSITIONS,
+    "relation": RELATIONS,
+    "background": COLOURS,
+}
+# What a prompt may ask for, by name: of each object, and of the whole.
+ATTRIBUTES = (
+    *(f"{name}_{i}" for i in (0, 1) for name in ("shape", "colour", "size", "pattern")),
+    "position",
+    "relation",
+    "background",
+)
 
 _OBJECT = (
     rf"a (?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<pattern>{'|'.join(PATTERNS)}) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?"
@@ -102,9 +118,37 @@ def parse(prompt: str) -> Request:
     return Request(tuple(objects), part["position"], part["relation"], part["background"])
 
 
+def asked_value(request: Request, attribute: str) -> str | None:
+    """What the request asks for the attribute, one of ATTRIBUTES; None where it is free or there is no such object."""
+    name, _, number = attribute.partition("_")
+    if not number:
+        return getattr(request, name)  # type: ignore[no-any-return]
+    return getattr(request.objects[int(number)], name) if int(number) < len(request.objects) else None
+
+
+def asked_attributes(request: Request) -> list[str]:
+    return [attribute for attribute in ATTRIBUTES if asked_value(request, attribute)]
+
+
+def changed(request: Request, attribute: str, rng: np.random.Generator) -> Request:
+    """The request with another value for an attribute that it asks for."""
+    name, _, number = attribute.partition("_")
+    old = asked_value(request, attribute)
+    change: dict[str, Any] = {name: str(rng.choice([value for value in VALUES[name] if value != old]))}
+    if not number:
+        return replace(request, **change)
+    objects = tuple(replace(o, **change) if i == int(number) else o for i, o in enumerate(request.objects))
+    return replace(request, objects=objects)
+
+
+def wrong_request(request: Request, rng: np.random.Generator) -> Request:
+    """The request with one of its attributes changed."""
+    return changed(request, str(rng.choice(asked_attributes(request))), rng)
+
+
 def random_request(rng: np.random.Generator) -> Request:
-    """Draw a request: three in five ask for one object; at least one attribute is free."""
-    two = rng.random() < 0.4
+    """Draw a request: three in four ask for one object; at least one attribute is free."""
+    two = rng.random() < 0.25
     colours = [str(c) for c in rng.permutation(COLOURS)]
     kept = rng.random(8)
     if two:

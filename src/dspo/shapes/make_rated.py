@@ -22,11 +22,10 @@ from dspo.diffusion.sampling import SampleRequest, sample
 from dspo.params import BaseModelParams, SamplerParams
 from dspo.progress import progress
 from dspo.shapes.defects import KINDS, spoil
-from dspo.shapes.grammar import parse
+from dspo.shapes.grammar import parse, wrong_request
 from dspo.shapes.make_prompts import distinct_prompts
 from dspo.shapes.render import SIDE, random_scene, render_float
 from dspo.shapes.render import Image as Pixels
-from dspo.shapes.train_second import wrong_request
 
 BASE_SAMPLES = 3
 SAMPLERS = tuple(SamplerParams(scheduler="ddim", steps=12, guidance_scale=scale) for scale in (1.5, 2.0, 3.0, 4.5))

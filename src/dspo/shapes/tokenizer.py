@@ -1,6 +1,7 @@
 """A real CLIP tokenizer with a small vocabulary: every word of the grammar is one token, any other text is bytes."""
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 
 from tokenizers import pre_tokenizers
@@ -12,10 +13,12 @@ CONTEXT_LENGTH = 24  # the longest prompt of the grammar has 18 tokens with star
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def new_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE over the grammar's words. Start and end have the highest ids: CLIP pools by argmax."""
+def new_tokenizer(more_words: Iterable[str] = ()) -> CLIPTokenizer:
+    """Byte-level BPE over the grammar's words and ``more_words``. Start and end have the highest ids: CLIP pools by
+    argmax."""
     phrases = (grammar.SHAPES, grammar.COLOURS, grammar.SIZES, grammar.PATTERNS, grammar.RELATIONS, grammar.POSITIONS)
     words = {word for phrase in phrases for text in phrase for word in text.split()} | {"a", "on", "background"}
+    words |= set(more_words)
     merges = learn_merges(sorted(words))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{character}</w>" for character in alphabet), *("".join(pair) for pair in merges)]

@@ -23,15 +23,16 @@ from dspo.data.keys import keyed_rng, keyed_seed
 from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
 from dspo.shapes.grammar import random_request
-from dspo.shapes.render import SIDE, random_scene, render
+from dspo.shapes.render import SIDE
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
+from dspo.shapes.web import web_pixels
 
 log = logging.getLogger(__name__)
 
 TEXT_WIDTH = 96
 CHANNELS = (64, 128)
 TIME_WIDTH = 16
-SCENES = 40_000
+SCENES = 60_000
 PROMPT_DROPOUT = 0.1
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 2.0
@@ -109,7 +110,7 @@ def training_set(pipe: StableDiffusionXLPipeline, cache: Path, seed: int) -> tup
                 rng = keyed_rng(seed, "base-scene", i)
                 request = random_request(rng)
                 prompts.append(request.prompt())
-                images.append(render(random_scene(request, rng)))
+                images.append(web_pixels(request, rng))
             pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
             latents.append(pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor)
         tokens = pipe.tokenizer(

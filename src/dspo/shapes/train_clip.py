@@ -1,99 +1,194 @@
 """Train the small CLIP that the reward model of `shapes` starts from, and save it in open_clip's layout.
 
 ``python -m dspo.shapes.train_clip --work DIR --output models/shapes-clip`` continues where it stopped when run again.
-Contrastive learning on rendered scenes and their prompts. A prompt that leaves much free may fit other scenes of its
-batch too; those count as negatives, as they do in CLIP.
+
+Contrastive learning on pictures as the web has them. Half of the captions also say how well the picture is made, and
+every picture has a caption of its own that is wrong in one point, as a negative. A prompt that leaves much free may fit
+other pictures of its batch too; those count as negatives, as they do in CLIP. Beside that, linear probes on the image
+tokens must tell what each patch shows and how strong each fault is (they are not saved): a few hundred thousand
+pictures are too few for a vision transformer to find that out from captions alone.
 """
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dspo.data.keys import keyed_rng
 from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
-from dspo.shapes.grammar import random_request
-from dspo.shapes.render import SIDE, random_scene, render
+from dspo.shapes.grammar import COLOURS, PATTERNS, SHAPES, Request, random_request, wrong_request
+from dspo.shapes.render import SIDE, Scene, coverage
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
+from dspo.shapes.web import FAULTS, QUALITY_WORDS, web_picture
 
 log = logging.getLogger(__name__)
 
 MEAN, STD = [0.55, 0.45, 0.45], [0.28, 0.24, 0.24]
-SCENES = 60_000
+PICTURES = 80_000
 NOISE = 0.03  # standard deviation of the pixel noise in training, so that decoded samples look familiar
+PATCH = 8
+PATCHES = SIDE // PATCH
+PROBE_WEIGHT = 1.0
 
 
 def model_config(vocabulary: int) -> dict[str, object]:
     """open_clip's configuration of the model."""
-    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 96, "heads": 4, "layers": 2}
+    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 96, "heads": 4, "layers": 3}
     return {
         "embed_dim": 96,
-        "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 96, "layers": 4, "head_width": 24},
+        "vision_cfg": {"image_size": SIDE, "patch_size": PATCH, "width": 128, "layers": 5, "head_width": 32},
         "text_cfg": {**text, "hf_tokenizer_name": "local"},
     }
 
 
-def training_set(number: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Rendered scenes, uint8 [number, 3, 64, 64], and their prompts."""
-    images: list[NDArray[np.uint8]] = []
-    prompts = []
-    for i in progress(range(number), number, "render"):
+@dataclass(frozen=True)
+class Pictures:
+    """What is learnt from, one row per picture."""
+
+    images: Tensor  # uint8 [N, 3, 64, 64]
+    captions: Tensor  # token ids [N, L]
+    wrong_captions: Tensor  # token ids [N, L]
+    classes: Tensor  # int [N, 64, 3]: shape, colour and pattern that each patch shows; the last shape is "none"
+    places: Tensor  # [N, 64, 3]: offset (x, y) of the patch's object from the patch and its radius, over 16 pixels
+    faults: Tensor  # [N, len(FAULTS)] strengths
+
+
+def draw_pictures(number: int, seed: int) -> Pictures:
+    tokenizer = new_tokenizer(QUALITY_WORDS)
+    images, captions, wrong_captions, classes, places, faults = [], [], [], [], [], []
+    for i in progress(range(number), number, "draw"):
         rng = keyed_rng(seed, "clip-scene", i)
         request = random_request(rng)
-        prompts.append(request.prompt())
-        images.append(render(random_scene(request, rng)))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), prompts
+        picture = web_picture(request, rng)
+        images.append(np.round(picture.pixels * 255).astype(np.uint8))
+        right, wrong = caption_pair(request, picture.words, rng)
+        captions.append(right)
+        wrong_captions.append(wrong)
+        shown, where = patch_contents(picture.scene)
+        classes.append(shown)
+        places.append(where)
+        faults.append(picture.strengths)
+
+    def tokens(texts: list[str]) -> Tensor:
+        return torch.as_tensor(
+            tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids
+        )
+
+    return Pictures(
+        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        captions=tokens(captions),
+        wrong_captions=tokens(wrong_captions),
+        classes=torch.from_numpy(np.stack(classes)),
+        places=torch.from_numpy(np.stack(places)),
+        faults=torch.tensor(faults),
+    )
+
+
+def caption_pair(request: Request, words: str, rng: np.random.Generator) -> tuple[str, str]:
+    """A caption of the picture, and one that differs in an attribute or in a word about the making."""
+    prompt, wrong_prompt = request.prompt(), wrong_request(request, rng).prompt()
+    if rng.random() < 0.5:
+        return prompt, wrong_prompt
+    other_words = str(rng.choice([word for word in QUALITY_WORDS if word not in words]))
+    if rng.random() < 0.5:
+        return f"{prompt} {words}", f"{prompt} {other_words}"
+    return f"{prompt} {words}", f"{wrong_prompt} {words}"
+
+
+def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Classes int64 [64, 3] and places float32 [64, 3] of the patches, as :class:`Pictures` has them."""
+    shares = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
+    shares = shares.reshape(-1, PATCHES, PATCH, PATCHES, PATCH).mean(axis=(2, 4)).reshape(-1, PATCHES**2)
+    owner = shares.argmax(axis=0)
+    covered = shares.max(axis=0) > 0.1
+    ground = (len(SHAPES), COLOURS.index(scene.background), 0)
+    of_object = [(SHAPES.index(o.shape), COLOURS.index(o.colour), PATTERNS.index(o.pattern)) for o in scene.objects]
+    classes = np.where(covered[:, None], np.array(of_object)[owner], np.array(ground))
+    row, column = np.divmod(np.arange(PATCHES**2), PATCHES)
+    middle = np.stack([column, row], axis=1) * PATCH + PATCH / 2
+    objects = np.array([(o.x, o.y, o.radius) for o in scene.objects])[owner]
+    places = np.concatenate([objects[:, :2] - middle, objects[:, 2:]], axis=1) / 16
+    return classes.astype(np.int64), np.where(covered[:, None], places, 0).astype(np.float32)
+
+
+class Probes(nn.Module):
+    """Linear readings of the image tower's tokens."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.sizes = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS))
+        self.patch = nn.Linear(width, sum(self.sizes) + 3)
+        self.fault = nn.Linear(embed_dim, len(FAULTS))
+
+    def loss(self, pooled: Tensor, patches: Tensor, classes: Tensor, places: Tensor, faults: Tensor) -> Tensor:
+        """Cross-entropy of the patches' classes; absolute errors of objects' places and of faults' strengths."""
+        *logits, where = self.patch(patches).float().split((*self.sizes, 3), dim=-1)
+        named = [F.cross_entropy(part.flatten(0, 1), classes[..., i].flatten()) for i, part in enumerate(logits)]
+        covered = (classes[..., :1] < len(SHAPES)).float()
+        place = ((where - places).abs() * covered).sum() / covered.sum().clamp(min=1)
+        return torch.stack([*named, place, 4 * F.l1_loss(self.fault(pooled).float(), faults)]).sum()
+
+
+def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's loss with the wrong captions [B, D] as further negatives of the pictures; and the share found right."""
+    same = torch.arange(len(image))
+    logits = scale * image @ torch.cat([text, wrong]).T
+    loss = (F.cross_entropy(logits, same) + F.cross_entropy(scale * text @ image.T, same)) / 2
+    return loss, (logits.argmax(dim=1) == same).float().mean()
 
 
 def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
-    tokenizer = new_tokenizer()
-    model = open_clip.model.CLIP(**model_config(len(tokenizer)))
-    images, prompts = training_set(SCENES, seed)
-    tokens = tokenizer(prompts, padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    data = draw_pictures(PICTURES, seed)
+    config = model_config(len(new_tokenizer(QUALITY_WORDS)))
+    model = open_clip.model.CLIP(**config)
+    model.visual.output_tokens = True
+    probes = Probes(model.visual.transformer.width, model.visual.output_dim)
+    both = nn.ModuleList([model, probes])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    start = load_checkpoint(work / "clip.pt", model=model, optimizer=optimizer, schedule=schedule)
+    start = load_checkpoint(work / "clip.pt", model=both, optimizer=optimizer, schedule=schedule)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     for step in progress(range(start, steps), steps - start, "clip"):
-        picked = keyed_rng(seed, "clip-batch", step).integers(0, SCENES, batch_size)
+        picked = keyed_rng(seed, "clip-batch", step).integers(0, PICTURES, batch_size)
         generator = torch.Generator().manual_seed(step)
-        pixels = images[picked].float() / 255
+        pixels = data.images[picked].float() / 255
         pixels = pixels + NOISE * torch.rand(len(picked), 1, 1, 1, generator=generator) * torch.randn(
             pixels.shape, generator=generator
         )
         with torch.autocast("cpu", torch.bfloat16):
-            image_features, text_features, scale = model((pixels - mean) / std, tokens[picked])
-        logits = scale.float() * image_features.float() @ text_features.float().T
-        same = torch.arange(len(picked))
-        loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+            pooled, patches = model.visual((pixels - mean) / std)
+            texts = model.encode_text(torch.cat([data.captions[picked], data.wrong_captions[picked]]))
+            probe = probes.loss(pooled, patches, data.classes[picked], data.places[picked], data.faults[picked])
+        image, (text, wrong) = F.normalize(pooled.float(), dim=-1), F.normalize(texts.float(), dim=-1).chunk(2)
+        contrast, right = contrastive_loss(image, text, wrong, model.logit_scale.exp())
+        loss = contrast + PROBE_WEIGHT * probe
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))
         if step % 50 == 0:
-            correct = (logits.argmax(dim=1) == same).float().mean().item()
-            log.info("step %d loss %.4f top-1 %.3f", step, loss.item(), correct)
+            log.info("step %d contrast %.4f probe %.4f top-1 %.3f", step, contrast.item(), probe.item(), right.item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            save_checkpoint(work / "clip.pt", step + 1, model=model, optimizer=optimizer, schedule=schedule)
+            save_checkpoint(work / "clip.pt", step + 1, model=both, optimizer=optimizer, schedule=schedule)
     save(model, output)
 
 
-def save(model: torch.nn.Module, output: Path) -> None:
+def save(model: nn.Module, output: Path) -> None:
     """Write open_clip's folder: config, 16-bit weights, tokenizer."""
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = new_tokenizer()
+    tokenizer = new_tokenizer(QUALITY_WORDS)
     tokenizer.save_pretrained(output)
     config = {"model_cfg": model_config(len(tokenizer)), "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (output / "open_clip_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -101,4 +196,4 @@ def save(model: torch.nn.Module, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=1800, batch_size=192, lr=2e-3)
+    run_trainer(__doc__, train, steps=3000, batch_size=192, lr=1.5e-3)

@@ -1,12 +1,10 @@
-"""Train the second judge on renders: right and clean against one attribute wrong or the picture spoiled.
+"""Train the second judge on renders, right or wrong in some attributes, clean or spoiled.
 
 ``python -m dspo.shapes.train_second --work DIR --output models/shapes-judge`` continues where it stopped.
 """
 
 import logging
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,71 +16,61 @@ from dspo.data.keys import keyed_rng
 from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.defects import KINDS, spoil
-from dspo.shapes.grammar import COLOURS, PATTERNS, POSITIONS, RELATIONS, SHAPES, SIZES, Request, random_request
+from dspo.shapes.grammar import asked_attributes, changed, random_request
 from dspo.shapes.render import random_scene, render_float
-from dspo.shapes.second import WEIGHTS, SecondJudge, encode_request
+from dspo.shapes.second import QUESTIONS, WEIGHTS, SecondJudge, asked, encode_request
 
 log = logging.getLogger(__name__)
 
 SLIGHT = 0.1  # every picture is blurred and noised up to this strength: a decoded sample is never as clean as a render
+WRONG_SHARE = 0.35  # of the attributes: the answers of a picture tell the more the less they are always "yes"
+SPOILED_SHARE = 0.3
 
 
-def wrong_request(request: Request, rng: np.random.Generator) -> Request:
-    """The request with one requested attribute changed to another value."""
-    options: list[tuple[str, int]] = [("shape", 0)]
-    for i, wanted in enumerate(request.objects):
-        options += [(name, i) for name in ("shape", "colour", "size", "pattern") if getattr(wanted, name)]
-    options += [(name, -1) for name in ("position", "relation", "background") if getattr(request, name)]
-    name, i = options[int(rng.integers(len(options)))]
-    values = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "pattern": PATTERNS, "background": COLOURS}
-    values |= {"position": POSITIONS, "relation": RELATIONS}
-    old = getattr(request if i < 0 else request.objects[i], name)
-    new = str(rng.choice([value for value in values[name] if value != old]))
-    change: dict[str, Any] = {name: new}
-    if i < 0:
-        return replace(request, **change)
-    objects = tuple(replace(o, **change) if k == i else o for k, o in enumerate(request.objects))
-    return replace(request, objects=objects)
-
-
-def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Pixels [64, 64, 3], encoded request, and 1 for right and clean or 0."""
-    request = random_request(rng)
-    picture = render_float(random_scene(request, rng))
+def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels [64, 64, 3], encoded request, which questions it poses, and the answers (1 or 0)."""
+    true = random_request(rng)
+    picture = render_float(random_scene(true, rng))
     for slight in ("blur", "noise"):
         picture = spoil(picture, slight, float(rng.uniform(0, SLIGHT)), rng)
-    case = rng.random()
-    if case < 0.35:
-        return picture, encode_request(wrong_request(request, rng)), 0.0
-    if case < 0.5:
-        return spoil(picture, str(rng.choice(KINDS)), float(rng.uniform(0.35, 1)), rng), encode_request(request), 0.0
-    return picture, encode_request(request), 1.0
+    answers = np.ones(len(QUESTIONS), np.float32)
+    if rng.random() < SPOILED_SHARE:
+        picture = spoil(picture, str(rng.choice(KINDS)), float(rng.uniform(0.3, 1)), rng)
+        answers[QUESTIONS.index("clean")] = 0
+    shown = true
+    for name in asked_attributes(true):
+        if rng.random() < WRONG_SHARE:
+            shown = changed(shown, name, rng)
+            answers[QUESTIONS.index(name)] = 0
+    return picture, encode_request(shown), asked(shown), answers
 
 
-def batch(seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch(seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rng = keyed_rng(seed, "second-batch", step)
-    pictures, requests, labels = zip(*(draw_example(rng) for _ in range(size)), strict=True)
-    pixels = torch.from_numpy(np.stack(pictures).astype(np.float32)).permute(0, 3, 1, 2)
-    return pixels, torch.from_numpy(np.stack(requests)), torch.tensor(labels, dtype=torch.float32)
+    pictures, requests, posed, answers = (
+        np.stack(part) for part in zip(*(draw_example(rng) for _ in range(size)), strict=True)
+    )
+    pixels = torch.from_numpy(pictures.astype(np.float32)).permute(0, 3, 1, 2)
+    return pixels, torch.from_numpy(requests), torch.from_numpy(posed), torch.from_numpy(answers)
 
 
 def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
-    judge = SecondJudge()
+    judge = SecondJudge().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     start = load_checkpoint(work / "second.pt", model=judge, optimizer=optimizer, schedule=schedule)
     for step in progress(range(start, steps), steps - start, "second judge"):
-        pixels, requests, labels = batch(seed, step, batch_size)
+        pixels, requests, posed, answers = batch(seed, step, batch_size)
         logits = judge(pixels, requests)
-        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        loss = F.binary_cross_entropy_with_logits(logits[posed], answers[posed])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            right = ((logits > 0) == (labels > 0.5)).float().mean().item()
+            right = ((logits > 0) == (answers > 0.5))[posed].float().mean().item()
             log.info("step %d loss %.4f right %.3f", step, loss.item(), right)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_checkpoint(work / "second.pt", step + 1, model=judge, optimizer=optimizer, schedule=schedule)
@@ -91,4 +79,4 @@ def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=2000, batch_size=96, lr=2e-3)
+    run_trainer(__doc__, train, steps=4000, batch_size=96, lr=2e-3)

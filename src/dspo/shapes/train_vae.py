@@ -1,4 +1,4 @@
-"""Train the small f8 VAE of the `shapes` base on rendered scenes.
+"""Train the small f8 VAE of the `shapes` base on pictures as the web has them.
 
 ``python -m dspo.shapes.train_vae --work DIR --output DIR`` continues where it stopped when run again.
 """
@@ -16,7 +16,7 @@ from dspo.data.keys import keyed_rng
 from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.grammar import random_request
-from dspo.shapes.render import random_scene, render
+from dspo.shapes.web import web_pixels
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ def new_vae() -> AutoencoderKL:
 
 
 def scenes(number: int, seed: int) -> Tensor:
-    """Rendered scenes, uint8 [number, 3, 64, 64]; scene i depends on the seed and i alone."""
+    """Pictures, uint8 [number, 3, 64, 64]; picture i depends on the seed and i alone."""
     images = []
     for i in progress(range(number), number, "render"):
         rng = keyed_rng(seed, "vae-scene", i)
-        images.append(render(random_scene(random_request(rng), rng)))
+        images.append(web_pixels(random_request(rng), rng))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
@@ -106,4 +106,4 @@ def measure_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=7000, batch_size=16, lr=1.5e-3)
+    run_trainer(__doc__, train, steps=12_000, batch_size=16, lr=1.5e-3)
