@@ -24,9 +24,9 @@ from dspo.shapes.grammar import (
     parse,
     random_request,
 )
+from dspo.shapes.probes import patch_contents
 from dspo.shapes.render import PALETTE, SIDE, Object, Scene, coverage, random_scene, render, render_float
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
-from dspo.shapes.train_clip import patch_contents
 from dspo.shapes.web import CLEAN, FAULTS, web_picture
 
 REQUESTS = [random_request(np.random.default_rng(i)) for i in range(40)]

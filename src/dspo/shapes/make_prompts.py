@@ -23,7 +23,7 @@ def distinct_prompts(number: int, seed: int, purpose: str, taken: frozenset[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--number", type=int, default=1000)
+    parser.add_argument("--number", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,13 @@ from dspo.shapes.render import SIDE, random_scene, render_float
 from dspo.shapes.render import Image as Pixels
 
 BASE_SAMPLES = 3
-SAMPLERS = tuple(SamplerParams(scheduler="ddim", steps=12, guidance_scale=scale) for scale in (1.5, 2.0, 3.0, 4.5))
-JPEG_QUALITY = 92
+SAMPLERS = (  # the reward model scores candidates without guidance, and validation pictures with it
+    SamplerParams(scheduler="ddim", steps=12, guidance_scale=1.0),
+    SamplerParams(scheduler="dpmpp_2m", steps=12, guidance_scale=1.0),
+    SamplerParams(scheduler="ddim", steps=12, guidance_scale=2.0),
+    SamplerParams(scheduler="ddim", steps=12, guidance_scale=3.0),
+)
+JPEG_QUALITY = 90
 
 
 def encode_jpeg(pixels: Pixels) -> bytes:
@@ -61,7 +66,7 @@ def base_pictures(
     for i, sampler in enumerate(SAMPLERS):
         requests = [SampleRequest(p, k, k) for p in prompts[i :: len(SAMPLERS)] for k in range(BASE_SAMPLES)]
         samples = sample(pipe, requests, sampler, SIDE, seed, batch_size)
-        for one in progress(samples, len(requests), f"guidance {sampler.guidance_scale}"):
+        for one in progress(samples, len(requests), f"{sampler.scheduler} at {sampler.guidance_scale}"):
             yield one.request.prompt, one.request.sample_index, one.image
 
 
@@ -70,7 +75,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--exclude", type=Path, required=True, help="prompt list whose prompts are not used")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--number", type=int, default=1300, help="prompts")
+    parser.add_argument("--number", type=int, default=2600, help="prompts")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     taken = frozenset(prompt.text for prompt in read_prompts(args.exclude, max_characters=400))

@@ -59,7 +59,14 @@ class SecondJudge(nn.Module):
 
     def forward(self, pixels: Tensor, request: Tensor) -> Tensor:
         """Logits [B, len(QUESTIONS)] from pixels [B, 3, 64, 64] in [0, 1] and encoded requests [B, WIDTH]."""
-        x = self.trunk(pixels * 4 - 2) + self.place
+        return self.answer(self.see(pixels), request)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Features [B, CHANNELS, 8, 8] that do not know the request."""
+        return torch.as_tensor(self.trunk(pixels * 4 - 2))
+
+    def answer(self, seen: Tensor, request: Tensor) -> Tensor:
+        x = seen + self.place
         film = self.request(request).unflatten(1, (3, 2, CHANNELS, 1, 1))
         for i, block in enumerate(self.blocks):
             scale, shift = film[:, i].unbind(dim=1)

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from dspo.data.keys import keyed_rng
 from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
-from dspo.shapes.grammar import COLOURS, PATTERNS, SHAPES, Request, random_request, wrong_request
-from dspo.shapes.render import SIDE, Scene, coverage
+from dspo.shapes.grammar import Request, random_request, wrong_request
+from dspo.shapes.probes import PATCH, PatchProbe, patch_contents
+from dspo.shapes.render import SIDE
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
 from dspo.shapes.web import FAULTS, QUALITY_WORDS, web_picture
 
@@ -34,9 +35,6 @@ log = logging.getLogger(__name__)
 MEAN, STD = [0.55, 0.45, 0.45], [0.28, 0.24, 0.24]
 PICTURES = 80_000
 NOISE = 0.03  # standard deviation of the pixel noise in training, so that decoded samples look familiar
-PATCH = 8
-PATCHES = SIDE // PATCH
-PROBE_WEIGHT = 1.0
 
 
 def model_config(vocabulary: int) -> dict[str, object]:
@@ -56,8 +54,8 @@ class Pictures:
     images: Tensor  # uint8 [N, 3, 64, 64]
     captions: Tensor  # token ids [N, L]
     wrong_captions: Tensor  # token ids [N, L]
-    classes: Tensor  # int [N, 64, 3]: shape, colour and pattern that each patch shows; the last shape is "none"
-    places: Tensor  # [N, 64, 3]: offset (x, y) of the patch's object from the patch and its radius, over 16 pixels
+    classes: Tensor  # int [N, 64, 3], as patch_contents has them
+    places: Tensor  # [N, 64, 3]
     faults: Tensor  # [N, len(FAULTS)] strengths
 
 
@@ -103,38 +101,18 @@ def caption_pair(request: Request, words: str, rng: np.random.Generator) -> tupl
     return f"{prompt} {words}", f"{wrong_prompt} {words}"
 
 
-def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Classes int64 [64, 3] and places float32 [64, 3] of the patches, as :class:`Pictures` has them."""
-    shares = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
-    shares = shares.reshape(-1, PATCHES, PATCH, PATCHES, PATCH).mean(axis=(2, 4)).reshape(-1, PATCHES**2)
-    owner = shares.argmax(axis=0)
-    covered = shares.max(axis=0) > 0.1
-    ground = (len(SHAPES), COLOURS.index(scene.background), 0)
-    of_object = [(SHAPES.index(o.shape), COLOURS.index(o.colour), PATTERNS.index(o.pattern)) for o in scene.objects]
-    classes = np.where(covered[:, None], np.array(of_object)[owner], np.array(ground))
-    row, column = np.divmod(np.arange(PATCHES**2), PATCHES)
-    middle = np.stack([column, row], axis=1) * PATCH + PATCH / 2
-    objects = np.array([(o.x, o.y, o.radius) for o in scene.objects])[owner]
-    places = np.concatenate([objects[:, :2] - middle, objects[:, 2:]], axis=1) / 16
-    return classes.astype(np.int64), np.where(covered[:, None], places, 0).astype(np.float32)
-
-
 class Probes(nn.Module):
-    """Linear readings of the image tower's tokens."""
+    """Linear readings of the image tower: patches from its tokens, faults from its embedding."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
-        self.sizes = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS))
-        self.patch = nn.Linear(width, sum(self.sizes) + 3)
+        self.patch = PatchProbe(width)
         self.fault = nn.Linear(embed_dim, len(FAULTS))
 
     def loss(self, pooled: Tensor, patches: Tensor, classes: Tensor, places: Tensor, faults: Tensor) -> Tensor:
-        """Cross-entropy of the patches' classes; absolute errors of objects' places and of faults' strengths."""
-        *logits, where = self.patch(patches).float().split((*self.sizes, 3), dim=-1)
-        named = [F.cross_entropy(part.flatten(0, 1), classes[..., i].flatten()) for i, part in enumerate(logits)]
-        covered = (classes[..., :1] < len(SHAPES)).float()
-        place = ((where - places).abs() * covered).sum() / covered.sum().clamp(min=1)
-        return torch.stack([*named, place, 4 * F.l1_loss(self.fault(pooled).float(), faults)]).sum()
+        """The patches' loss and the absolute errors of the faults' strengths."""
+        strengths: Tensor = self.fault(pooled)
+        return self.patch.loss(patches, classes, places) + 4 * F.l1_loss(strengths.float(), faults)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +148,7 @@ def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed
             probe = probes.loss(pooled, patches, data.classes[picked], data.places[picked], data.faults[picked])
         image, (text, wrong) = F.normalize(pooled.float(), dim=-1), F.normalize(texts.float(), dim=-1).chunk(2)
         contrast, right = contrastive_loss(image, text, wrong, model.logit_scale.exp())
-        loss = contrast + PROBE_WEIGHT * probe
+        loss = contrast + probe
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -196,4 +174,4 @@ def save(model: nn.Module, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=3000, batch_size=192, lr=1.5e-3)
+    run_trainer(__doc__, train, steps=2400, batch_size=160, lr=1.5e-3)

@@ -17,20 +17,23 @@ from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.defects import KINDS, spoil
 from dspo.shapes.grammar import asked_attributes, changed, random_request
+from dspo.shapes.probes import PatchProbe, patch_contents
 from dspo.shapes.render import random_scene, render_float
-from dspo.shapes.second import QUESTIONS, WEIGHTS, SecondJudge, asked, encode_request
+from dspo.shapes.second import CHANNELS, QUESTIONS, WEIGHTS, SecondJudge, asked, encode_request
 
 log = logging.getLogger(__name__)
 
 SLIGHT = 0.1  # every picture is blurred and noised up to this strength: a decoded sample is never as clean as a render
 WRONG_SHARE = 0.35  # of the attributes: the answers of a picture tell the more the less they are always "yes"
 SPOILED_SHARE = 0.3
+PROBE_WEIGHT = 0.3
 
 
-def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels [64, 64, 3], encoded request, which questions it poses, and the answers (1 or 0)."""
+def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Pixels [64, 64, 3], encoded request, which questions it poses, the answers (1 or 0), and what patches show."""
     true = random_request(rng)
-    picture = render_float(random_scene(true, rng))
+    scene = random_scene(true, rng)
+    picture = render_float(scene)
     for slight in ("blur", "noise"):
         picture = spoil(picture, slight, float(rng.uniform(0, SLIGHT)), rng)
     answers = np.ones(len(QUESTIONS), np.float32)
@@ -42,28 +45,28 @@ def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
         if rng.random() < WRONG_SHARE:
             shown = changed(shown, name, rng)
             answers[QUESTIONS.index(name)] = 0
-    return picture, encode_request(shown), asked(shown), answers
+    return picture.astype(np.float32), encode_request(shown), asked(shown), answers, *patch_contents(scene)
 
 
-def batch(seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch(seed: int, step: int, size: int) -> list[Tensor]:
     rng = keyed_rng(seed, "second-batch", step)
-    pictures, requests, posed, answers = (
-        np.stack(part) for part in zip(*(draw_example(rng) for _ in range(size)), strict=True)
-    )
-    pixels = torch.from_numpy(pictures.astype(np.float32)).permute(0, 3, 1, 2)
-    return pixels, torch.from_numpy(requests), torch.from_numpy(posed), torch.from_numpy(answers)
+    parts = zip(*(draw_example(rng) for _ in range(size)), strict=True)
+    return [torch.from_numpy(np.stack(part)) for part in parts]
 
 
 def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
-    judge = SecondJudge().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
+    judge = SecondJudge()
+    probe = PatchProbe(CHANNELS)
+    optimizer = torch.optim.AdamW([*judge.parameters(), *probe.parameters()], lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    start = load_checkpoint(work / "second.pt", model=judge, optimizer=optimizer, schedule=schedule)
+    start = load_checkpoint(work / "second.pt", model=judge, probe=probe, optimizer=optimizer, schedule=schedule)
     for step in progress(range(start, steps), steps - start, "second judge"):
-        pixels, requests, posed, answers = batch(seed, step, batch_size)
-        logits = judge(pixels, requests)
+        pixels, requests, posed, answers, classes, places = batch(seed, step, batch_size)
+        seen = judge.see(pixels.permute(0, 3, 1, 2))
+        logits = judge.answer(seen, requests)
         loss = F.binary_cross_entropy_with_logits(logits[posed], answers[posed])
+        loss = loss + PROBE_WEIGHT * probe.loss(seen.flatten(2).transpose(1, 2), classes, places)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
@@ -73,10 +76,12 @@ def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed
             right = ((logits > 0) == (answers > 0.5))[posed].float().mean().item()
             log.info("step %d loss %.4f right %.3f", step, loss.item(), right)
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            save_checkpoint(work / "second.pt", step + 1, model=judge, optimizer=optimizer, schedule=schedule)
+            save_checkpoint(
+                work / "second.pt", step + 1, model=judge, probe=probe, optimizer=optimizer, schedule=schedule
+            )
     output.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in judge.state_dict().items()}, output / WEIGHTS)
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=4000, batch_size=96, lr=2e-3)
+    run_trainer(__doc__, train, steps=3000, batch_size=96, lr=2e-3)

@@ -1,0 +1,51 @@
+"""What each patch of a picture shows, and a linear reading of it: a help in training the small models.
+
+From captions alone, or from "is it so?", a small network finds out only slowly that pictures hold objects.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dspo.shapes.grammar import COLOURS, PATTERNS, SHAPES
+from dspo.shapes.render import SIDE, Scene, coverage
+
+PATCH = 8  # pixels
+PATCHES = SIDE // PATCH
+_CLASSES = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS))
+
+
+def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What the 64 patches, row by row, show.
+
+    Classes int64 [64, 3]: shape (the last is "none"), colour, pattern. Places float32 [64, 3]: offset x, y from the
+    patch's middle to its object's centre and the object's radius, over 16 pixels; 0 without an object.
+    """
+    shares = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
+    shares = shares.reshape(-1, PATCHES, PATCH, PATCHES, PATCH).mean(axis=(2, 4)).reshape(-1, PATCHES**2)
+    owner = shares.argmax(axis=0)
+    covered = (shares.max(axis=0) > 0.1)[:, None]
+    ground = (len(SHAPES), COLOURS.index(scene.background), 0)
+    of_object = [(SHAPES.index(o.shape), COLOURS.index(o.colour), PATTERNS.index(o.pattern)) for o in scene.objects]
+    classes = np.where(covered, np.array(of_object)[owner], np.array(ground))
+    row, column = np.divmod(np.arange(PATCHES**2), PATCHES)
+    middle = np.stack([column, row], axis=1) * PATCH + PATCH / 2
+    objects = np.array([(o.x, o.y, o.radius) for o in scene.objects])[owner]
+    places = np.concatenate([objects[:, :2] - middle, objects[:, 2:]], axis=1) / 16
+    return classes.astype(np.int64), np.where(covered, places, 0).astype(np.float32)
+
+
+class PatchProbe(nn.Linear):
+    """Reads :func:`patch_contents` off patch features [B, 64, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, sum(_CLASSES) + 3)
+
+    def loss(self, patches: Tensor, classes: Tensor, places: Tensor) -> Tensor:
+        """Cross-entropies of the classes [B, 64, 3] and absolute errors of the places [B, 64, 3], summed."""
+        *logits, where = self(patches).float().split((*_CLASSES, 3), dim=-1)
+        named = [F.cross_entropy(part.flatten(0, 1), classes[..., i].flatten()) for i, part in enumerate(logits)]
+        covered = (classes[..., :1] < len(SHAPES)).float()
+        place = ((where - places).abs() * covered).sum() / covered.sum().clamp(min=1)
+        return torch.stack([*named, place]).sum()
