@@ -17,6 +17,9 @@ Scheduler = Literal["ddim", "dpmpp_2m", "euler"]
 Dtype = Literal["float32", "bfloat16"]
 LossName = Literal["dspo", "dspo_official_sd15", "dspo_official_sdxl", "dpo", "ipo", "capo", "mapo", "sft"]
 SamplerKey = Literal["guidance_scale", "steps", "scheduler"]
+RatingLayout = Literal[
+    "shapes", "pickapic", "hpdv2", "hpdv3", "imagerewarddb", "richhf18k", "csv", "folder", "mixed"
+]  # beside shapes: as published, see docs/data.md
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -57,7 +60,7 @@ class PromptParams(Section):
 class RatingParams(Section):
     """Where the ratings that train the reward model come from."""
 
-    layout: Literal["shapes", "pickapic"]  # shapes: simulated raters look at rated images; pickapic: label columns
+    layout: RatingLayout  # shapes: simulated raters look at rated images; mixed: a sub-folder per layout
     votes: Count  # simulated raters per pair and head
     temperature: Positive  # of the simulated raters, in units of the gold score (METHOD: Bayes macro-F1 0.90)
     tie_rate: Share  # share of ties at equal quality (Davidson's nu follows from it)

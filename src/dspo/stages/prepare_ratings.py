@@ -1,5 +1,8 @@
 """Stage: bring ratings into one layout, split by prompt, with what is known about their noise."""
 
+import logging
+import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -10,9 +13,11 @@ import pyarrow as pa
 
 from dspo import environment
 from dspo.data.files import write_json
-from dspo.data.images import read_table, table_writer, write_table
-from dspo.data.pickapic import read_ratings
+from dspo.data.images import open_parquet, read_table, table_writer, write_table
+from dspo.data.rating_index import RatingIndex
 from dspo.data.ratings import SUMMARY_COLUMNS, summarise
+from dspo.data.readers import read_comparisons
+from dspo.data.readers.comparison import rating_row
 from dspo.data.records import RATINGS
 from dspo.data.splits import SPLITS, split_of
 from dspo.errors import UserError
@@ -25,6 +30,9 @@ from dspo.stages.runner import arguments, run
 
 RATED_IMAGES = ("prompt_id", "caption", "image", "source", "sample_index")
 ROWS_PER_PART = 128
+PARTS_PER_LINE = 100  # of the log
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
@@ -33,15 +41,12 @@ def main(argv: list[str]) -> None:
     section = params.active.ratings
     scratch = open_scratch("prepare_ratings", section.model_dump() | {"seed": params.seed}, [args.input])
     folder = scratch.path / "ratings"
-    if section.layout == "shapes":
-        extra = _from_shapes(args.input, folder, section, params.seed)
-    else:
-        extra = _from_pickapic(args.input, folder, section, params.seed)
-    splits = {split: summarise(read_table(folder / f"{split}.parquet", SUMMARY_COLUMNS)) for split in SPLITS}
+    read = _from_shapes if section.layout == "shapes" else _from_people
+    summary = read(args.input, folder, section, params.seed)
     for split in SPLITS:
-        if not splits[split]["pairs"]:
+        if not summary[split]["pairs"]:
             raise UserError(f"{args.input}: no pair falls into the {split} split. Give more prompts.")
-    write_json(splits | extra, folder / "summary.json")
+    write_json(summary, folder / "summary.json")
     scratch.publish({"ratings": args.output})
 
 
@@ -57,7 +62,7 @@ def _from_shapes(source: Path, folder: Path, section: RatingParams, seed: int) -
         write_table(table, folder / f"{split}.parquet")
     test = tables["test"].select(SUMMARY_COLUMNS)
     base = test.filter(pa.array(np.asarray(test["source"]) == "base"))
-    return {
+    return {split: summarise(table) for split, table in tables.items()} | {
         "bayes_macro_f1": bayes_macro_f1(base["p_first"].to_numpy(), base["label_0"].to_numpy()),
         "gold_std": float(
             np.std([gold.overall for row, gold in zip(rows, scores, strict=True) if row["source"] == "base"])
@@ -65,20 +70,45 @@ def _from_shapes(source: Path, folder: Path, section: RatingParams, seed: int) -
     }
 
 
-def _from_pickapic(source: Path, folder: Path, section: RatingParams, seed: int) -> dict[str, Any]:
+def _from_people(source: Path, folder: Path, section: RatingParams, seed: int) -> dict[str, Any]:
     """Part by part: a public set does not fit in memory."""
-    ratings = read_ratings(source, seed)
-    with ExitStack() as files:
-        write = {split: files.enter_context(table_writer(folder / f"{split}.parquet", RATINGS)) for split in SPLITS}
-        while part := list(islice(ratings, ROWS_PER_PART)):
-            for split in SPLITS:
-                members = [
-                    r
-                    for r in part
-                    if split_of(r["prompt_id"], seed, section.validation_share, section.test_share) == split
-                ]
-                write[split](pa.Table.from_pylist(members, schema=RATINGS))
-    return {}
+    with RatingIndex() as index:
+        read = 0
+        with ExitStack() as files:
+            write = {split: files.enter_context(table_writer(folder / f"{split}.parquet", RATINGS)) for split in SPLITS}
+            ratings = (rating_row(c, seed) for c in read_comparisons(section.layout, source))
+            for number, part in enumerate(_parts(ratings), start=1):
+                members: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+                for rating in part:
+                    split = split_of(rating["prompt_id"], seed, section.validation_share, section.test_share)
+                    if index.add(rating, split):
+                        members[split].append(rating)
+                for split in (split for split in SPLITS if members[split]):
+                    write[split](pa.Table.from_pylist(members[split], schema=RATINGS))
+                read += len(part)
+                if number % PARTS_PER_LINE == 0:
+                    log.info("%d pairs read", read)
+        leaked = index.drop_leaks()
+        if leaked:
+            for split in SPLITS[:-1]:  # nothing is held out more strictly than the last
+                _keep_what_index_holds(folder / f"{split}.parquet", index)
+        splits = {split: index.summary(split) for split in SPLITS}
+        kept = sum(int(figures["pairs"] or 0) for figures in splits.values())
+        return splits | {"pairs_read": read, "left_out": {"repeated": read - kept - leaked, "leaking": leaked}}
+
+
+def _parts(ratings: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while part := list(islice(ratings, ROWS_PER_PART)):
+        yield part
+
+
+def _keep_what_index_holds(path: Path, index: RatingIndex) -> None:
+    kept = path.with_name("kept.parquet")
+    with open_parquet(path, RATINGS.names) as file, table_writer(kept, RATINGS) as write:
+        for batch in file.iter_batches(ROWS_PER_PART):
+            holds = pa.array([index.holds(pair_id) for pair_id in batch["pair_id"].to_pylist()])
+            write(pa.Table.from_batches([batch]).filter(holds))
+    os.replace(kept, path)
 
 
 if __name__ == "__main__":
