@@ -2,20 +2,23 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
 
 from dspo.data.files import read_json
+from dspo.data.hub import Missing
 from dspo.data.prompts import read_prompts
+from dspo.diffusion import files
 from dspo.environment import device
 from dspo.errors import UserError
-from dspo.params import BaseModelParams, Params, load_params
+from dspo.evaluation.foreign import places
+from dspo.params import BaseModelParams, ForeignJudgeParams, Params, RewardParams, load_params
+from dspo.reward import backbone
 
 GPU_GIB = 15.0  # a preference pair at 1024 px with gradient checkpointing takes up to 16 GB
 HUB_GIB = 8.0  # SDXL in half precision with its other VAE
@@ -45,7 +48,11 @@ def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Chec
     yield Check("parameters", f"{params_file}: world {params.world}")
     yield _prompts(prompts, params)
     yield _base_model(params.active.base)
+    if params.active.reward.pretrained is not None:
+        yield _reward_backbone(params.active.reward)
     yield _reward_model(reward)
+    if params.active.evaluate.foreign_judges:
+        yield _judges(params.active.evaluate.foreign_judges)
     yield _device(params)
     yield _disk(params)
 
@@ -83,19 +90,23 @@ def _prompts(path: Path, params: Params) -> Check:
 
 
 def _base_model(base: BaseModelParams) -> Check:
-    parts = [(base.model, base.revision, "model_index.json")]
-    if base.vae is not None:
-        parts.append((base.vae, base.vae_revision, "config.json"))
-    for name, revision, index in parts:
-        path = Path(name)
-        if (path.suffix == ".safetensors" and path.exists()) or (path / index).exists():
-            continue
-        if revision is None:
-            return Check("base model", f"{path / index}: no such file", f"git checkout -- {name}")
-        if not isinstance(try_to_load_from_cache(name, index, revision=revision), str):
-            remedy = f"hf download {name} --revision {revision}"
-            return Check("base model", f"{name}: revision {revision[:8]} is not in the hub's cache", remedy)
-    return Check("base model", ", ".join(name for name, _, _ in parts))
+    found = ", ".join(place for place in (base.model, base.vae) if place is not None)
+    return _weights("base model", found, files.missing(base))
+
+
+def _reward_backbone(reward: RewardParams) -> Check:
+    return _weights("reward backbone", f"{reward.backbone}, {reward.pretrained}", backbone.missing(reward))
+
+
+def _judges(judges: Sequence[ForeignJudgeParams]) -> Check:
+    absent = [one for judge in judges for one in places.missing(judge)]
+    return _weights("judges", ", ".join(judge.name for judge in judges), absent)
+
+
+def _weights(name: str, found: str, absent: Sequence[Missing]) -> Check:
+    if not absent:
+        return Check(name, found)
+    return Check(name, "; ".join(one.what for one in absent), "\n            ".join(one.remedy for one in absent))
 
 
 def _reward_model(folder: Path) -> Check:

@@ -157,6 +157,38 @@ class TrainParams(Section):
     validation_prompts: Count  # prompts of the reward check after each epoch
 
 
+class Place(Section):
+    """Where published weights are: on this disk, or in a hub repository at a pinned commit."""
+
+    place: str  # path of a file or folder; with a revision: hub id, or hub id/file
+    revision: str | None  # pinned commit of the hub repository; null for local files
+
+
+class PickScoreParams(Section):
+    name: Literal["pickscore"]
+    model: Place  # folder in transformers' layout: weights, tokenizer, preprocessing
+
+
+class ClipHParams(Section):
+    name: Literal["hpsv2.1", "clip_score"]
+    model: Place  # file: weights of open_clip's ViT-H-14
+
+
+class ImageRewardParams(Section):
+    name: Literal["imagereward"]
+    model: Place  # file: the published ImageReward.pt
+    tokenizer: Place  # folder: BERT's tokenizer
+
+
+class AestheticsParams(Section):
+    name: Literal["aesthetics"]
+    clip: Place  # folder in transformers' layout: OpenAI's ViT-L/14
+    model: Place  # file: the linear head on its embedding
+
+
+ForeignJudgeParams = PickScoreParams | ClipHParams | ImageRewardParams | AestheticsParams
+
+
 class EvaluateParams(Section):
     """Base against tuned, from the same noise."""
 
@@ -166,10 +198,23 @@ class EvaluateParams(Section):
     seeds_per_prompt: Count
     diversity_prompts: Count
     diversity_seeds: Annotated[int, Field(ge=2)]
-    judges: list[Literal["gold", "second"]]  # beside the training reward
-    tie_band: NonNegative  # tau: |difference of the gold score| up to it is a tie
+    # beside the training reward: the judges of `shapes` by name, published ones with the places of their weights
+    judges: list[Literal["gold", "second"] | Annotated[ForeignJudgeParams, Field(discriminator="name")]]
+    tie_band: NonNegative  # tau: |difference of the gold score| up to it is a tie; other judges tie on equal scores
     bootstrap_resamples: Count
     batch_size: Count
+
+    @model_validator(mode="after")
+    def _each_judge_once(self) -> "EvaluateParams":
+        names = [judge if isinstance(judge, str) else judge.name for judge in self.judges]
+        if len(set(names)) < len(names):
+            raise ValueError("judges must hold each judge once")
+        return self
+
+    @property
+    def foreign_judges(self) -> list[ForeignJudgeParams]:
+        """The published judges, in the order given."""
+        return [judge for judge in self.judges if not isinstance(judge, str)]
 
 
 class World(Section):

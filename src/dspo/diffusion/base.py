@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dspo.data.hub import fetch
+from dspo.diffusion.files import CONFIG_PATTERNS, SDXL, SDXL_REVISION, VAE_FILES, patterns
 from dspo.errors import UserError
 from dspo.params import BaseModelParams
 
@@ -17,6 +20,7 @@ from dspo.params import BaseModelParams
 LARGE = 512
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,9 @@ def _load(base: BaseModelParams, **components: Any) -> StableDiffusionXLPipeline
         )
     try:
         if path.suffix == ".safetensors":
-            pipe = StableDiffusionXLPipeline.from_single_file(base.model, torch_dtype=dtype, revision=base.revision)
-            pipe.register_modules(**components)
-            return pipe
+            return StableDiffusionXLPipeline.from_single_file(
+                base.model, config=SDXL, revision=base.revision or SDXL_REVISION, torch_dtype=dtype, **components
+            )
         return StableDiffusionXLPipeline.from_pretrained(
             base.model,
             revision=base.revision,
@@ -103,8 +107,9 @@ def _load(base: BaseModelParams, **components: Any) -> StableDiffusionXLPipeline
             use_safetensors=True,
             **components,
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(_cannot_load("base.model", base.model, base.revision, error)) from None
+    except _UNREADABLE as error:
+        command = fetch(base.model, base.revision, patterns(base.variant))
+        raise UserError(_cannot_load("base.model", base.model, error, command)) from None
 
 
 def _load_vae(base: BaseModelParams) -> AutoencoderKL:
@@ -113,20 +118,20 @@ def _load_vae(base: BaseModelParams) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(
             base.vae, revision=base.vae_revision, torch_dtype=DTYPES[base.dtype], use_safetensors=True
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(_cannot_load("base.vae", base.vae, base.vae_revision, error)) from None
+    except _UNREADABLE as error:
+        command = fetch(base.vae, base.vae_revision, VAE_FILES)
+        raise UserError(_cannot_load("base.vae", base.vae, error, command)) from None
 
 
-def _cannot_load(key: str, name: str, revision: str | None, error: Exception) -> str:
+def _cannot_load(key: str, name: str, error: Exception, command: str) -> str:
     reason = " ".join(str(error).split())[:300]
     if Path(name).suffix == ".safetensors":
         remedy = (
             "The file must be a whole SDXL checkpoint; its configuration comes from the hub, once: "
-            "`hf download stabilityai/stable-diffusion-xl-base-1.0 --include '*.json' '*.txt'`"
+            f"`{fetch(SDXL, SDXL_REVISION, CONFIG_PATTERNS)}`"
         )
     elif Path(name).exists():
         remedy = "The folder must hold a whole SDXL model in diffusers' layout, with .safetensors weights."
     else:
-        commit = f" --revision {revision}" if revision else ""
-        remedy = f"Fetch it once, with a network: `hf download {name}{commit}`"
+        remedy = f"Fetch it once, with a network: `{command}`"
     return f"{key}: {name}: cannot be loaded ({reason}). {remedy}"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dspo.data.keys import keyed_seed
 from dspo.evaluation.diversity import spread_ratios
 from dspo.evaluation.drift import DRIFT
-from dspo.evaluation.judges import FREE_ATTRIBUTES, FULLY_RIGHT, GOLD_COLUMNS, SECOND
+from dspo.evaluation.judges import FOREIGN_COLUMNS, FREE_ATTRIBUTES, FULLY_RIGHT, GOLD_COLUMNS, SECOND
 from dspo.evaluation.paired import Images
 from dspo.evaluation.statistics import WinRate, mean, share_given, win_rate
 
@@ -69,7 +69,8 @@ class Comparison:
 
 def judge_columns(images: Images) -> list[str]:
     """The columns that judge an image, as against those that describe it."""
-    wanted = [name for name in images.scores if name.startswith("reward_")] + [*GOLD_COLUMNS, SECOND]
+    rewards = [name for name in images.scores if name.startswith("reward_")]
+    wanted = [*rewards, *GOLD_COLUMNS, SECOND, *FOREIGN_COLUMNS]
     return [name for name in wanted if name in images.scores]
 
 

@@ -1,4 +1,4 @@
-"""What the judges say of images: the training reward, the gold judge, the second judge, and low-level statistics."""
+"""What the judges say of images: the training reward, those that were never trained on, and low-level statistics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from dspo.data.records import HEADS
 from dspo.evaluation.drift import drift_columns
+from dspo.evaluation.foreign.judge import JUDGES, ForeignJudge
 from dspo.reward.checkpoint import RewardScorer
 from dspo.shapes.judging import judge_all
 from dspo.shapes.second import SecondJudge
@@ -21,6 +22,7 @@ FREE_COLUMNS = ("free_x", "free_y", "free_radius", "free_ground_l", "free_ground
 # What the diversity of an image of `shapes` is measured in: columns of the same kind of quantity.
 FREE_ATTRIBUTES = {"position": FREE_COLUMNS[0:2], "size": FREE_COLUMNS[2:3], "ground_colour": FREE_COLUMNS[3:6]}
 SECOND = "second"
+FOREIGN_COLUMNS = tuple(JUDGES)
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class Judges:
     second: SecondJudge | None
     batch_size: int
     processes: int  # of the gold judge
+    foreign: tuple[ForeignJudge, ...] = ()  # published judges
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> dict[str, Array]:
-        """Columns [n]: ``reward_<head>``, ``drift_<statistic>``; where they judge, ``gold_…``, ``free_…``, ``second``.
+        """Columns [n]: ``reward_<head>``, ``drift_<statistic>``; where they judge, ``gold_…``, ``free_…``, ``second``,
+        and the published judges by name.
 
         Starting the gold judge's processes costs seconds, so one call with all images is faster than several.
         """
@@ -49,7 +53,7 @@ class Judges:
             columns |= gold_columns(images, prompts, self.processes)
         if self.second:
             columns[SECOND] = np.asarray(self.second.score(images, prompts), dtype=np.float64)
-        return columns
+        return columns | {judge.name: judge.score(images, prompts, self.batch_size) for judge in self.foreign}
 
 
 def gold_columns(images: Sequence[Image], prompts: Sequence[str], processes: int) -> dict[str, Array]:

@@ -18,9 +18,12 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 
+from dspo.data.hub import Missing, fetch, find
 from dspo.data.images import Pixels
 from dspo.errors import UserError
 from dspo.params import RewardParams
+
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip takes the first that is there
 
 
 class Tokenizer(Protocol):
@@ -186,7 +189,8 @@ def load_backbone(
             )
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"reward.backbone: {name} (pretrained {pretrained}) cannot be loaded: {error}") from None
+        said = f"reward.backbone: {name} (pretrained {pretrained}) cannot be loaded: {error}"
+        raise UserError("\n    ".join([said, *(one.remedy for one in _missing(name, pretrained))])) from None
     if not isinstance(clip, CLIP) or clip.visual.attn_pool is not None or clip.text_pool_type != "argmax":
         raise UserError(f"reward.backbone: {name} is no plain CLIP; take a ViT model with CLIP's own text tower")
     check_quick_gelu(name, pretrained, clip)
@@ -198,6 +202,25 @@ def local_files(params: RewardParams) -> list[Path]:
     if params.backbone.startswith("local-dir:"):
         return [Path(params.backbone.removeprefix("local-dir:"))]
     return [Path(params.pretrained)] if params.pretrained and Path(params.pretrained).exists() else []
+
+
+def missing(params: RewardParams) -> list[Missing]:
+    """What of the backbone is not on this disk, and the command that gets it. Empty for a ``local-dir:``."""
+    return _missing(params.backbone, params.pretrained)
+
+
+def _missing(name: str, pretrained: str | None) -> list[Missing]:
+    if pretrained is None or Path(pretrained).is_file():
+        return []
+    published = (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("hf_hub")
+    if published is None:
+        what = f"reward.pretrained: {pretrained}: no such file, and no tag of {name} that the hub has"
+        return [Missing(what, "correct reward.pretrained in params.yaml")]
+    repository, file = published.rsplit("/", 1)
+    wanted = [file] if file else list(HUB_WEIGHTS)
+    if any(find(repository, "main", one) for one in wanted):
+        return []
+    return [Missing(f"{repository}: missing in the hub's cache", fetch(repository, None, wanted[:1]))]
 
 
 def uses_quick_gelu(clip: CLIP) -> bool:

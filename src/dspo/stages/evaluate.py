@@ -21,6 +21,8 @@ from dspo.environment import device, processes
 from dspo.errors import UserError
 from dspo.evaluation import compare
 from dspo.evaluation.compare import Comparison, Figures
+from dspo.evaluation.foreign import places
+from dspo.evaluation.foreign.judge import ForeignJudge
 from dspo.evaluation.hacks import HACKS, apply_hack
 from dspo.evaluation.judges import Judges
 from dspo.evaluation.paired import Images, evaluation_requests, load_shards, sample_to_shards
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> None:
     settings = params.active.evaluate
     if "second" in settings.judges and args.second_judge is None:
         raise UserError("--second-judge: missing, but evaluate.judges asks for it. Give the second judge's folder.")
+    places.require(settings.foreign_judges)
     prompts = read_split(args.prompts)[: settings.num_prompts]
     if not prompts:
         raise UserError(f"{args.prompts}: no prompts to evaluate on. Raise prompts.test_share, or add prompts.")
@@ -54,6 +57,7 @@ def main(argv: list[str]) -> None:
         SecondJudge.load(args.second_judge) if "second" in settings.judges else None,
         settings.batch_size,
         processes(),
+        tuple(ForeignJudge(judge, device()) for judge in settings.foreign_judges),
     )
     sampled = {name: load_shards(scratch.path / name) for name in ("base", "tuned", "default")}
     plain = _some_seeds(sampled["base"], settings)
@@ -91,7 +95,8 @@ def _what_decides(params: Params) -> dict[str, Any]:
 
 def _inputs(args: argparse.Namespace, params: Params) -> list[Path]:
     second = [args.second_judge] if "second" in params.active.evaluate.judges else []
-    return [args.prompts, args.train_prompts, args.adapter, args.reward, *second, *local_files(params.active.base)]
+    local = [*local_files(params.active.base), *places.local_files(params.active.evaluate.foreign_judges)]
+    return [args.prompts, args.train_prompts, args.adapter, args.reward, *second, *local]
 
 
 def _sample(params: Params, prompts: list[Prompt], adapter: Path, folder: Path) -> None:

@@ -1,0 +1,32 @@
+"""Weights that others publish: which of them are on this disk, and the command that gets them. Downloads nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from huggingface_hub import try_to_load_from_cache
+
+
+@dataclass(frozen=True)
+class Missing:
+    what: str
+    remedy: str  # the command that gets it, where there is one
+
+
+def find(place: str, revision: str | None, file: str) -> Path | None:
+    """Where a file of a place is on this disk, if it is: a hub repository at a commit, or a local folder."""
+    if revision is None:
+        path = Path(place) / file
+        return path if path.is_file() else None
+    found = try_to_load_from_cache(place, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> str:
+    """The command that brings files of a hub repository into the cache.
+
+    Patterns, since a repository often holds its weights several times; a whole one can be ten times what is needed.
+    """
+    commit = f" --revision {revision}" if revision else ""
+    return f"hf download {repository}{commit}" + "".join(f" --include {quote(pattern)}" for pattern in patterns)
