@@ -21,8 +21,7 @@ from dspo.data.keys import keyed_rng
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.progress import progress
-from dspo.reward.backbone import TextTokens
-from dspo.reward.dataset import Floats, Rows, Stems, autocast
+from dspo.reward.dataset import Floats, RatedPairs, Rows, Stems, autocast
 from dspo.reward.losses import masked_head_loss, mix_rows
 from dspo.reward.model import RewardModel
 
@@ -76,7 +75,7 @@ def train_reward(
 
     for step in progress(range(start, n_steps), n_steps - start, "reward"):
         epoch, batch = divmod(step, steps_per_epoch)
-        order = keyed_rng(seed, "reward-order", epoch).permutation(len(pairs))
+        order = epoch_order(pairs, seed, epoch)
         rows = order[batch * params.batch_size : (batch + 1) * params.batch_size]
         for group, lr in zip(optimizer.param_groups, lr_of_group, strict=True):
             group["lr"] = lr * schedule(step, params.warmup_steps, n_steps)
@@ -161,6 +160,17 @@ def update_ema(ema: State, parameters: dict[str, torch.nn.Parameter], decay: flo
             ema[name].lerp_(parameter, 1 - d)
 
 
+def epoch_order(pairs: RatedPairs, seed: int, epoch: int) -> Rows:
+    """Row numbers [n_pairs]: prompts in random order, each with all its pairs at once.
+
+    Pairs of a prompt share images, so that the towers see each image once and not once per pair (Ouyang et al., 2022).
+    """
+    rng = keyed_rng(seed, "reward-order", epoch)
+    prompts, prompt_of_pair = np.unique(pairs.prompt_id, return_inverse=True)
+    place_of_prompt = rng.permutation(len(prompts))
+    return np.lexsort((rng.permutation(len(pairs)), place_of_prompt[prompt_of_pair]))
+
+
 def batch_loss(
     model: RewardModel,
     stems: Stems,
@@ -170,14 +180,12 @@ def batch_loss(
     gamma: float,
 ) -> Tensor:
     """Loss of the pairs ``rows``; ``mix``: MixUp's lambda and each row's partner, or None."""
-    pairs, label = stems.pairs, labels[torch.from_numpy(rows).to(labels.device)]
+    label = labels[torch.from_numpy(rows).to(labels.device)]
     mask = ~label.isnan()
     n = len(rows)
+    distinct, place = distinct_views(stems.pairs, rows)
     with autocast(stems.device, stems.dtype):
-        image = model.backbone.image_top(stems.images(np.concatenate([pairs.first[rows], pairs.second[rows]])))
-        text = model.backbone.text_top(*stems.texts(pairs.caption[rows]))
-        twice = TextTokens(*(torch.cat([part, part]) for part in (text.tokens, text.last, text.embedding)))
-        z, cosine = model.features(image, twice)
+        z, cosine = (part[place.to(stems.device)] for part in view_features(model, stems, distinct))
         if mix is not None:
             lam, partner = mix[0], torch.from_numpy(mix[1]).to(labels.device)
             both = torch.cat([partner, partner + n])
@@ -185,6 +193,21 @@ def batch_loss(
             label, mask = mix_rows(label, partner, lam), mask & mask[partner]
         scores = model.score(z, cosine)
     return masked_head_loss(scores[:n] - scores[n:], label, mask, gamma)
+
+
+def distinct_views(pairs: RatedPairs, rows: Rows) -> tuple[Rows, Tensor]:
+    """The distinct (caption, image) row numbers of some pairs, [n_views, 2], and where each side's view is among them,
+    [2 * len(rows)]: first the first images."""
+    views = np.stack([np.tile(pairs.caption[rows], 2), np.concatenate([pairs.first[rows], pairs.second[rows]])], axis=1)
+    distinct, place = np.unique(views, axis=0, return_inverse=True)
+    return distinct, torch.from_numpy(place.reshape(-1))
+
+
+def view_features(model: RewardModel, stems: Stems, views: Rows) -> tuple[Tensor, Tensor]:
+    """What :meth:`RewardModel.features` gives for (caption, image) row numbers [n_views, 2]."""
+    captions, row_of = np.unique(views[:, 0], return_inverse=True)
+    text = model.backbone.text_top(*stems.texts(captions))[torch.from_numpy(row_of).to(stems.device)]
+    return model.features(model.backbone.image_top(stems.images(views[:, 1])), text)
 
 
 def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]:
@@ -206,18 +229,12 @@ def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]
 
 def score_differences(model: RewardModel, stems: Stems) -> Floats:
     """Score of the first minus score of the second image, [n_pairs, n_heads]; every (image, caption) is scored once."""
-    pairs = stems.pairs
-    n = len(pairs)
-    wanted = np.stack([np.tile(pairs.caption, 2), np.concatenate([pairs.first, pairs.second])], axis=1)
-    distinct, place = np.unique(wanted, axis=0, return_inverse=True)
-    scores = []
+    n = len(stems.pairs)
+    distinct, place = distinct_views(stems.pairs, np.arange(n))
+    parts = (distinct[i : i + SCORE_BATCH] for i in range(0, len(distinct), SCORE_BATCH))
     with torch.inference_mode(), autocast(stems.device, stems.dtype):
-        for i in range(0, len(distinct), SCORE_BATCH):
-            captions, row_of = np.unique(distinct[i : i + SCORE_BATCH, 0], return_inverse=True)
-            text = model.backbone.text_top(*stems.texts(captions))[torch.from_numpy(row_of).to(stems.device)]
-            image = model.backbone.image_top(stems.images(distinct[i : i + SCORE_BATCH, 1]))
-            scores.append(model.score(*model.features(image, text)).cpu().numpy())
-    table: Floats = np.concatenate(scores).astype(np.float64)[place.reshape(-1)]
+        scores = torch.cat([model.score(*view_features(model, stems, part)) for part in parts]).cpu().numpy()
+    table: Floats = scores.astype(np.float64)[place.numpy()]
     return table[:n] - table[n:]
 
 
