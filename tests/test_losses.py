@@ -67,6 +67,11 @@ def by_hand(loss: LossName, x: dict[str, Tensor]) -> np.ndarray:
                 "capo": (u - (-0.1 + 0.7 * i / (B - 1))) ** 2,
                 "mapo": L_w - 0.1 * math.log(1 / (1 + math.exp(-SCALE * (f(L_w) - f(L_l))))),
                 "dspo": ((e_w - y_w - LAM * (1 - sigmoid) * (e_w - r_w)) ** 2).sum() / d,
+                "dspo_two_sided": (
+                    ((e_w - y_w - LAM * (1 - sigmoid) * (e_w - r_w)) ** 2).sum()
+                    + ((2 * r_l - e_l - y_l - LAM * (1 - sigmoid) * (r_l - e_l)) ** 2).sum()
+                )
+                / (2 * d),
                 "dspo_official_sd15": ((e_w - y_w - BETA * (1 - sigmoid) * (e_w - r_w)) ** 2).sum() / d,
                 "dspo_official_sdxl": (1 - sigmoid) ** 2,
             }[loss]
@@ -85,7 +90,7 @@ def test_loss_is_its_formula(loss: LossName, spread: float) -> None:
     np.testing.assert_allclose(compute(loss, x).numpy(), by_hand(loss, x), rtol=1e-10)
 
 
-@pytest.mark.parametrize("loss", [name for name in NEEDS if name != "dspo"])  # which detaches on purpose
+@pytest.mark.parametrize("loss", [name for name in NEEDS if name not in ("dspo", "dspo_two_sided")])  # detached
 @pytest.mark.parametrize("spread", [0.1, 0.6])
 def test_gradient_is_that_of_the_formula(loss: LossName, spread: float) -> None:
     x = tensors(spread=spread)
@@ -106,6 +111,18 @@ def test_dspo_gradient_is_two_over_d_times_the_distance_from_the_target() -> Non
     k = (LAM * (1 - torch.sigmoid(u))).view(-1, 1, 1, 1)
     expected = 2 / math.prod(SHAPE) * ((x["e_w"] - x["y_w"]) - k * (x["e_w"] - x["r_w"]))
     torch.testing.assert_close(by_e_w, expected.detach())
+
+
+def test_two_sided_dspo_settles_between_where_winners_and_losers_point() -> None:
+    """A noised latent that is as often a winner's as a loser's: descent ends at r + (y_w - y_l) / 2(1 - k)."""
+    x = tensors()
+    r, y_w, y_l = x["r_w"], x["y_w"], x["y_l"]
+    e = r.clone().requires_grad_()
+    u = torch.zeros(B, dtype=torch.float64)  # k is half of lam
+    for _ in range(400):
+        (step,) = grad(losses.dspo_two_sided(e, e, r, r, y_w, y_l, u, LAM).sum(), e)
+        e = (e - math.prod(SHAPE) * 0.3 * step).detach().requires_grad_()
+    torch.testing.assert_close(e.detach(), r + (y_w - y_l) / (2 * (1 - LAM / 2)))
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 300.0])

@@ -35,6 +35,7 @@ class Needs:
 
 NEEDS: dict[LossName, Needs] = {
     "dspo": Needs(loser="value", reference=True, omega=True),
+    "dspo_two_sided": Needs(loser="gradient", reference=True, omega=True),
     "dspo_official_sd15": Needs(loser="gradient", reference=True, omega=False),
     "dspo_official_sdxl": Needs(loser="gradient", reference=True, omega=False),
     "dpo": Needs(loser="gradient", reference=True, omega=True),
@@ -95,6 +96,9 @@ def pair_losses(loss: LossName, p: Predictions, terms: Terms, delta: Tensor, str
     match loss:
         case "dspo":
             return dspo(p.e_w, p.r_w, p.y_w, terms.u, strength.lam, strength.permute_k)
+        case "dspo_two_sided":
+            assert p.e_l is not None and p.r_l is not None and p.y_l is not None
+            return dspo_two_sided(p.e_w, p.e_l, p.r_w, p.r_l, p.y_w, p.y_l, terms.u, strength.lam)
         case "dspo_official_sd15":
             return dspo_official_sd15(p.e_w, p.r_w, p.y_w, terms.u, strength.beta)
         case "dspo_official_sdxl":
@@ -144,6 +148,19 @@ def dspo(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, lam: float, permute_k
         k = k.roll(1)
     target = (y_w + _per_pair(k) * (e_w - r_w)).detach()
     return error(e_w, target)
+
+
+def dspo_two_sided(
+    e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, u: Tensor, lam: float
+) -> Tensor:
+    """DSPO with a gradient from the loser, ours: mean of DSPO on the winner and of the mirrored policy's on the loser.
+
+    The mirrored policy 2r - e lies on the other side of the reference. To teach it the losers is to push the policy
+    away from them, and no farther than winners pull: both terms are quadratic, so there is a fixed point, as DPO has
+    none. Where x_t may come from a winner or a loser alike, it is e = r + (E_w[y] - E_l[y]) / (2 (1 - k)): what winners
+    and losers have in common cancels. At k = 0 it is the offline form of DiffusionNFT (Zheng et al., 2025).
+    """
+    return (dspo(e_w, r_w, y_w, u, lam) + dspo(2 * r_l - e_l, r_l, y_l, u, lam)) / 2
 
 
 def dspo_official_sd15(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, beta: float) -> Tensor:
