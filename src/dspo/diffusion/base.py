@@ -1,5 +1,6 @@
 """Loading a base model, and its text encoders' view of prompts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dspo.data.hub import fetch
-from dspo.diffusion.files import CONFIG_PATTERNS, SDXL, SDXL_REVISION, VAE_FILES, patterns
+from dspo.data.hub import fetch, find
+from dspo.diffusion.files import CONFIG_PATTERNS, SDXL, SDXL_REVISION, VAE_FILES, patterns, weight_files
 from dspo.errors import UserError
 from dspo.params import BaseModelParams
 
@@ -89,24 +90,30 @@ def _load(base: BaseModelParams, **components: Any) -> StableDiffusionXLPipeline
     """``components``: parts that are not to be read from the model's files."""
     path = Path(base.model)
     dtype = DTYPES[base.dtype]
+    single_file = path.suffix == ".safetensors"
     if base.revision is None and not path.exists():
         raise UserError(
             f"base.model: {base.model}: no such file or folder. What belongs to this repository comes back with "
             f"`git checkout -- {base.model}`; a hub model needs base.revision, the commit to use, beside its id."
         )
     try:
-        if path.suffix == ".safetensors":
-            return StableDiffusionXLPipeline.from_single_file(
+        if single_file:
+            pipe = StableDiffusionXLPipeline.from_single_file(
                 base.model, config=SDXL, revision=base.revision or SDXL_REVISION, torch_dtype=dtype, **components
             )
-        return StableDiffusionXLPipeline.from_pretrained(
-            base.model,
-            revision=base.revision,
-            variant=base.variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            **components,
-        )
+        else:
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                base.model,
+                revision=base.revision,
+                variant=base.variant,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                **components,
+            )
+        for part, file in weight_files(base.variant).items():
+            if part not in components:
+                _check_whole(part, getattr(pipe, part), None if single_file else find(base.model, base.revision, file))
+        return pipe
     except _UNREADABLE as error:
         command = fetch(base.model, base.revision, patterns(base.variant))
         raise UserError(_cannot_load("base.model", base.model, error, command)) from None
@@ -115,12 +122,30 @@ def _load(base: BaseModelParams, **components: Any) -> StableDiffusionXLPipeline
 def _load_vae(base: BaseModelParams) -> AutoencoderKL:
     assert base.vae is not None
     try:
-        return AutoencoderKL.from_pretrained(
+        vae = AutoencoderKL.from_pretrained(
             base.vae, revision=base.vae_revision, torch_dtype=DTYPES[base.dtype], use_safetensors=True
         )
+        _check_whole("vae", vae, None)
+        return vae
     except _UNREADABLE as error:
         command = fetch(base.vae, base.vae_revision, VAE_FILES)
         raise UserError(_cannot_load("base.vae", base.vae, error, command)) from None
+
+
+def _check_whole(name: str, module: torch.nn.Module, weights: Path | None) -> None:
+    """Raise ``ValueError`` if a weight of ``module`` was in no file.
+
+    diffusers leaves such a weight without data; transformers draws it at random, so the file's elements are counted.
+    """
+    empty = any(parameter.is_meta for parameter in module.parameters())
+    if empty or (weights and _elements(weights) < sum(parameter.numel() for parameter in module.parameters())):
+        raise ValueError(f"the weights of {name} are not whole")
+
+
+def _elements(weights: Path) -> int:
+    with safe_open(weights, framework="pt") as file:
+        names = [name for name in file.keys() if not name.endswith("position_ids")]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def _cannot_load(key: str, name: str, error: Exception, command: str) -> str:

@@ -18,7 +18,10 @@ def verdict(results: Json) -> str:
     rows = results["tuned_against_base"]["win_rates"]
     judge = "gold_overall" if "gold_overall" in rows else "reward_overall"
     row, state = rows[judge], results["verdict"]
-    name = "the gold judge" if judge == "gold_overall" else "its own training reward, the only judge of this world"
+    published = [column for column in tables.PUBLISHED if column in rows]
+    name = "the gold judge" if judge == "gold_overall" else "its own training reward"
+    if judge != "gold_overall" and not published:
+        name += ", the only judge of this world"
     if row["win_rate"] is None:
         return f"Nothing can be said: {name} decided no image pair."
     figures = (
@@ -34,7 +37,18 @@ def verdict(results: Json) -> str:
         said = f"Worse by {name}: tuned beats base on only {figures}."
     else:
         said = f"Not separable from the base by {name}: tuned beats base on {figures}."
-    return said + _best_of_n(results["best_of_n"], judge)
+    return said + _published(published, state) + _best_of_n(results["best_of_n"], judge)
+
+
+def _published(judges: Sequence[str], state: Json) -> str:
+    """What the published judges say, which the adapter was not trained on."""
+    groups = {
+        "improved by": [judge for judge in judges if state["improved"][judge]],
+        "worse by": [judge for judge in judges if state["worse"][judge]],
+        "not separable by": [judge for judge in judges if not state["improved"][judge] and not state["worse"][judge]],
+    }
+    said = [f"{text} {', '.join(tables.PUBLISHED[judge] for judge in of)}" for text, of in groups.items() if of]
+    return f" Judges that it never saw: {'; '.join(said)}." if said else ""
 
 
 def _best_of_n(best: Json, judge: str) -> str:

@@ -6,7 +6,14 @@ from typing import Any
 
 Json = Mapping[str, Any]
 NONE = "–"
-JUDGES = {"gold_overall": "gold", "second": "second judge", "reward_overall": "training reward"}
+PUBLISHED = {
+    "pickscore": "PickScore",
+    "hpsv2.1": "HPSv2.1",
+    "imagereward": "ImageReward",
+    "clip_score": "CLIP score",
+    "aesthetics": "LAION aesthetics",
+}
+JUDGES = {"gold_overall": "gold", "second": "second judge", "reward_overall": "training reward", **PUBLISHED}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def rate(row: Json | None) -> str:
 
 
 def words(name: str) -> str:
-    return name.removeprefix("drift_").replace("_", " ")
+    return PUBLISHED.get(name) or name.removeprefix("drift_").replace("_", " ")
 
 
 def estimate(row: Json, digits: int = 3) -> list[str]:
