@@ -15,7 +15,9 @@ from dspo.errors import UserError
 Head = Literal["overall", "alignment", "aesthetics", "fidelity", "detail"]
 Scheduler = Literal["ddim", "dpmpp_2m", "euler"]
 Dtype = Literal["float32", "bfloat16"]
-LossName = Literal["dspo", "dspo_official_sd15", "dspo_official_sdxl", "dpo", "ipo", "capo", "mapo", "sft"]
+LossName = Literal[
+    "dspo", "dspo_two_sided", "dspo_official_sd15", "dspo_official_sdxl", "dpo", "ipo", "capo", "mapo", "sft"
+]
 SamplerKey = Literal["guidance_scale", "steps", "scheduler"]
 RatingLayout = Literal[
     "shapes", "pickapic", "hpdv2", "hpdv3", "imagerewarddb", "richhf18k", "csv", "folder", "mixed"

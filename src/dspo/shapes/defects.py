@@ -6,7 +6,7 @@ from scipy import ndimage
 
 Picture = NDArray[np.float64]  # [H, W, 3] in [0, 1]
 
-KINDS = ("blur", "noise", "saturate", "desaturate", "contrast", "sharpen", "warp", "gradient")
+KINDS = ("blur", "noise", "saturate", "desaturate", "contrast", "sharpen", "warp", "gradient", "blotch", "fade")
 
 
 def spoil(picture: Picture, kind: str, strength: float, rng: np.random.Generator) -> Picture:
@@ -29,6 +29,10 @@ def spoil(picture: Picture, kind: str, strength: float, rng: np.random.Generator
             out = _warp(picture, 4 * strength, rng)
         case "gradient":
             out = picture * (1 + 0.5 * strength * _ramp(picture.shape[:2], rng)[..., None])
+        case "blotch":
+            out = picture + 0.2 * strength * _clouds(picture.shape, rng)
+        case "fade":  # towards the corner, which shows the ground
+            out = picture + strength * (picture[:1, :1] - picture)
         case _:
             raise ValueError(kind)
     return np.clip(out, 0.0, 1.0)
@@ -49,3 +53,9 @@ def _ramp(shape: tuple[int, ...], rng: np.random.Generator) -> Picture:
     y, x = (np.linspace(-1, 1, n) for n in shape)
     ramp = np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]
     return np.asarray(ramp / np.abs(ramp).max())
+
+
+def _clouds(shape: tuple[int, ...], rng: np.random.Generator) -> Picture:
+    """A smooth random field of deviation 1, [H, W, 3]."""
+    field = ndimage.gaussian_filter(rng.normal(size=shape), (6, 6, 0), mode="wrap")
+    return np.asarray(field / field.std())

@@ -74,6 +74,14 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The trained VAE; its config does not name the folder that it came from."""
+    trained = AutoencoderKL.from_pretrained(folder)
+    vae = AutoencoderKL.from_config({name: value for name, value in trained.config.items() if name != "_name_or_path"})
+    vae.load_state_dict(trained.state_dict())
+    return vae
+
+
 def new_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
     """The pipeline around a trained VAE; the empty prompt is encoded, not zeroed, in training and in sampling."""
     tokenizer = new_tokenizer()
@@ -144,7 +152,7 @@ def learning_rate_share(step: int, steps: int) -> float:
 
 def train(vae_folder: Path, work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
-    pipe = new_pipeline(AutoencoderKL.from_pretrained(vae_folder))
+    pipe = new_pipeline(load_vae(vae_folder))
     latents, tokens = training_set(pipe, work / "latents.safetensors", seed)
     trained = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
     pipe.unet.to(memory_format=torch.channels_last)

@@ -5,8 +5,8 @@
 Contrastive learning on pictures as the web has them. Half of the captions also say how well the picture is made, and
 every picture has a caption of its own that is wrong in one point, as a negative. A prompt that leaves much free may fit
 other pictures of its batch too; those count as negatives, as they do in CLIP. Beside that, linear probes on the image
-tokens must tell what each patch shows and how strong each fault is (they are not saved): a few hundred thousand
-pictures are too few for a vision transformer to find that out from captions alone.
+tokens must tell what each patch shows, how far it is from a clean render, and how strong each fault is (they are not
+saved): a few hundred thousand pictures are too few for a vision transformer to find that out from captions alone.
 """
 
 import json
@@ -18,15 +18,17 @@ import numpy as np
 import open_clip
 import torch
 from safetensors.torch import save_file
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dspo.data.keys import keyed_rng
 from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
+from dspo.shapes.defects import Picture, spoil
 from dspo.shapes.grammar import Request, random_request, wrong_request
-from dspo.shapes.probes import PATCH, PatchProbe, patch_contents
-from dspo.shapes.render import SIDE
+from dspo.shapes.probes import PATCH, PatchProbe, patch_contents, patch_damage
+from dspo.shapes.render import SIDE, random_scene, render_float
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
 from dspo.shapes.web import FAULTS, QUALITY_WORDS, web_picture
 
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 
 MEAN, STD = [0.55, 0.45, 0.45], [0.28, 0.24, 0.24]
 PICTURES = 80_000
+MORE_FAULTS = (("fade", 0.2, (0.1, 0.8)), ("blotch", 0.2, (0.1, 0.8)), ("warp", 0.25, (0.05, 0.5)))
+GHOST_SHARE = 0.2
 NOISE = 0.03  # standard deviation of the pixel noise in training, so that decoded samples look familiar
 
 
@@ -56,23 +60,26 @@ class Pictures:
     wrong_captions: Tensor  # token ids [N, L]
     classes: Tensor  # int [N, 64, 3], as patch_contents has them
     places: Tensor  # [N, 64, 3]
+    damage: Tensor  # [N, 64] how far each patch is from a clean render
     faults: Tensor  # [N, len(FAULTS)] strengths
 
 
 def draw_pictures(number: int, seed: int) -> Pictures:
     tokenizer = new_tokenizer(QUALITY_WORDS)
-    images, captions, wrong_captions, classes, places, faults = [], [], [], [], [], []
+    images, captions, wrong_captions, classes, places, damage, faults = [], [], [], [], [], [], []
     for i in progress(range(number), number, "draw"):
         rng = keyed_rng(seed, "clip-scene", i)
         request = random_request(rng)
         picture = web_picture(request, rng)
-        images.append(np.round(picture.pixels * 255).astype(np.uint8))
+        pixels = with_more_faults(picture.pixels, rng)
+        images.append(np.round(pixels * 255).astype(np.uint8))
         right, wrong = caption_pair(request, picture.words, rng)
         captions.append(right)
         wrong_captions.append(wrong)
         shown, where = patch_contents(picture.scene)
         classes.append(shown)
         places.append(where)
+        damage.append(patch_damage(pixels, render_float(picture.scene)))
         faults.append(picture.strengths)
 
     def tokens(texts: list[str]) -> Tensor:
@@ -86,8 +93,21 @@ def draw_pictures(number: int, seed: int) -> Pictures:
         wrong_captions=tokens(wrong_captions),
         classes=torch.from_numpy(np.stack(classes)),
         places=torch.from_numpy(np.stack(places)),
+        damage=torch.from_numpy(np.stack(damage)),
         faults=torch.tensor(faults),
     )
+
+
+def with_more_faults(pixels: Picture, rng: np.random.Generator) -> Picture:
+    """The picture, at times with the faults of generated pictures, or with something that no caption speaks of."""
+    if rng.random() < GHOST_SHARE:
+        other = render_float(random_scene(random_request(rng), rng))
+        part = rng.uniform(0.2, 1.0) * ndimage.gaussian_filter(np.float64(rng.random((SIDE, SIDE)) < 0.002), 4.0)
+        pixels = pixels + np.clip(part * 200, 0, 1)[..., None] * (other - pixels)
+    for kind, share, (least, greatest) in MORE_FAULTS:
+        if rng.random() < share:
+            pixels = spoil(pixels, kind, float(rng.uniform(least, greatest)), rng)
+    return pixels
 
 
 def caption_pair(request: Request, words: str, rng: np.random.Generator) -> tuple[str, str]:
@@ -107,12 +127,15 @@ class Probes(nn.Module):
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
         self.patch = PatchProbe(width)
+        self.damage = nn.Linear(width, 1)
         self.fault = nn.Linear(embed_dim, len(FAULTS))
 
-    def loss(self, pooled: Tensor, patches: Tensor, classes: Tensor, places: Tensor, faults: Tensor) -> Tensor:
-        """The patches' loss and the absolute errors of the faults' strengths."""
+    def loss(self, pooled: Tensor, patches: Tensor, data: Pictures, rows: np.ndarray) -> Tensor:
+        """The patches' loss and the absolute errors of damage and of the faults' strengths."""
+        damage: Tensor = self.damage(patches).squeeze(-1)
         strengths: Tensor = self.fault(pooled)
-        return self.patch.loss(patches, classes, places) + 4 * F.l1_loss(strengths.float(), faults)
+        errors = F.l1_loss(damage.float(), data.damage[rows]) + F.l1_loss(strengths.float(), data.faults[rows])
+        return self.patch.loss(patches, data.classes[rows], data.places[rows]) + 4 * errors
 
 
 def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +168,7 @@ def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed
         with torch.autocast("cpu", torch.bfloat16):
             pooled, patches = model.visual((pixels - mean) / std)
             texts = model.encode_text(torch.cat([data.captions[picked], data.wrong_captions[picked]]))
-            probe = probes.loss(pooled, patches, data.classes[picked], data.places[picked], data.faults[picked])
+            probe = probes.loss(pooled, patches, data, picked)
         image, (text, wrong) = F.normalize(pooled.float(), dim=-1), F.normalize(texts.float(), dim=-1).chunk(2)
         contrast, right = contrastive_loss(image, text, wrong, model.logit_scale.exp())
         loss = contrast + probe
