@@ -6,15 +6,17 @@ import json
 import struct
 import zipfile
 
+import numpy as np
 import pandas as pd
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from PIL import Image
 
 
 def picture(value, codec="PNG"):
-    """Bytes of a flat 6 x 4 picture; equal values give equal bytes."""
+    """Bytes of a 6 x 4 picture; equal values give equal bytes, and others others."""
     buffer = io.BytesIO()
-    Image.new("RGB", (6, 4), (value % 256, value // 256 % 256, 9)).save(buffer, codec, lossless=True)
+    pixels = np.random.default_rng(value).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, codec, lossless=True)
     return buffer.getvalue()
 
 

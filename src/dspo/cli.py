@@ -98,6 +98,37 @@ def batch_generate(
 
 
 @app.command()
+def import_pairs(
+    source: Annotated[
+        Path, typer.Option("--input", help="winners/ and losers/, a CSV of image paths, or Pick-a-Pic's shards")
+    ],
+    output: Annotated[Path, typer.Option(help="folder of pairs; replaced")] = Path("data/pairs"),
+    layout: Annotated[str | None, typer.Option(help="layout of the input, docs/data.md; default: by its looks")] = None,
+    reward_model: Annotated[Path | None, typer.Option(help="score the images with this reward model as well")] = None,
+    model_name: ModelName = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Bring pairs that people made elsewhere into the form that preference training reads."""
+    from dspo.data.readers import READERS, guess_layout  # costly
+
+    if layout is not None and layout not in READERS:
+        raise UserError(f"--layout {layout}: expected one of {', '.join(READERS)}")
+    layout = layout or guess_layout(source)
+    settings = load_params(params)
+    world = settings.active
+    world = world.model_copy(update={"base": _with_model(world.base, model_name)})
+    changed = settings.model_copy(update={"worlds": {settings.world: world}})
+    from dspo.import_pairs import import_pairs as bring  # costly; mistakes above are told at once
+
+    summary = bring(changed, source, layout, reward_model, output)
+    left = summary["left_out"]
+    typer.echo(
+        f"{output}: {summary['pairs_train']} pairs to train on, {summary['pairs_validation']} held out; "
+        f"left out: {left['ties']} ties, {left['repeated']} repeated"
+    )
+
+
+@app.command()
 def sync() -> None:
     """Bring MLflow up to date with the files on disk; it may be run as often as one likes."""
     from dspo.tracking.sync import sync as send  # costly

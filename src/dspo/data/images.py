@@ -67,7 +67,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 def open_parquet(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
     """Open a parquet file that has these columns; errors of reading it inside the block are as :func:`read_table`'s."""
     try:
-        with pq.ParquetFile(path) as file:
+        # Pre-buffering would keep every row group that was read until the file is closed.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
             present = file.schema_arrow.names
             missing = [name for name in columns if name not in present]
             if missing:

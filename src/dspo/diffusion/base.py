@@ -50,6 +50,15 @@ def load_text_encoders(base: BaseModelParams, device: torch.device) -> StableDif
     return _ready(_load(base, unet=None, vae=None), device)
 
 
+def load_vae(base: BaseModelParams, device: torch.device) -> AutoencoderKL:
+    """The base model's VAE alone, in float32: what is encoded once and trained on for long is worth the bits."""
+    replaced = {} if base.vae is None else {"vae": _load_vae(base)}
+    vae = _ready(_load(base, unet=None, text_encoder=None, text_encoder_2=None, **replaced), device).vae
+    if base.resolution >= LARGE:
+        vae.enable_slicing()
+    return vae.to(torch.float32)
+
+
 def local_files(base: BaseModelParams) -> list[Path]:
     """The places among ``base``'s that are on this disk; their contents decide what the base model is."""
     return [Path(place) for place in (base.model, base.vae) if place is not None and Path(place).exists()]

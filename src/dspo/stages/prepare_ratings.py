@@ -2,9 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from dspo.data.rating_index import RatingIndex
 from dspo.data.ratings import SUMMARY_COLUMNS, summarise
 from dspo.data.readers import read_comparisons
 from dspo.data.readers.comparison import rating_row
+from dspo.data.readers.grouping import in_parts
 from dspo.data.records import RATINGS
 from dspo.data.splits import SPLITS, split_of
 from dspo.errors import UserError
@@ -77,7 +76,7 @@ def _from_people(source: Path, folder: Path, section: RatingParams, seed: int) -
         with ExitStack() as files:
             write = {split: files.enter_context(table_writer(folder / f"{split}.parquet", RATINGS)) for split in SPLITS}
             ratings = (rating_row(c, seed) for c in read_comparisons(section.layout, source))
-            for number, part in enumerate(_parts(ratings), start=1):
+            for number, part in enumerate(in_parts(ratings, ROWS_PER_PART), start=1):
                 members: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
                 for rating in part:
                     split = split_of(rating["prompt_id"], seed, section.validation_share, section.test_share)
@@ -95,11 +94,6 @@ def _from_people(source: Path, folder: Path, section: RatingParams, seed: int) -
         splits = {split: index.summary(split) for split in SPLITS}
         kept = sum(int(figures["pairs"] or 0) for figures in splits.values())
         return splits | {"pairs_read": read, "left_out": {"repeated": read - kept - leaked, "leaking": leaked}}
-
-
-def _parts(ratings: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    while part := list(islice(ratings, ROWS_PER_PART)):
-        yield part
 
 
 def _keep_what_index_holds(path: Path, index: RatingIndex) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Comparison:
     def pair_id(self) -> str:
         """Of the prompt and the two images, whichever side they are on."""
         return "-".join([prompt_id(self.prompt), *sorted(map(image_key, self.images))])
+
+    def turned(self) -> "Comparison":
+        """The same with the sides exchanged."""
+        shares = {head: 1 - share for head, share in self.shares.items()}
+        return replace(self, images=self.images[::-1], shares=shares)
 
 
 @dataclass(frozen=True)
@@ -107,20 +112,18 @@ def rating_row(comparison: Comparison, seed: int) -> dict[str, Any]:
     a bias of the file's sides is gone. Heads without a label are null. ``label_0`` is one rater's vote where the set
     has that, else the verdict of the majority.
     """
-    images, label, shares = comparison.images, comparison.label, dict(comparison.shares)
-    in_order = image_key(images[0]) <= image_key(images[1])
+    in_order = image_key(comparison.images[0]) <= image_key(comparison.images[1])
     if in_order == (keyed_uniform(seed, "side", comparison.pair_id) < 0.5):
-        images, label = (images[1], images[0]), 1 - label
-        shares = {head: 1 - share for head, share in shares.items()}
+        comparison = comparison.turned()
     return {
         "pair_id": comparison.pair_id,
         "prompt_id": prompt_id(comparison.prompt),
         "caption": comparison.prompt,
-        "jpg_0": images[0],
-        "jpg_1": images[1],
-        "label_0": label,
-        "label_1": 1 - label,
-        **{f"y_{head}": shares.get(head) for head in HEADS},
+        "jpg_0": comparison.images[0],
+        "jpg_1": comparison.images[1],
+        "label_0": comparison.label,
+        "label_1": 1 - comparison.label,
+        **{f"y_{head}": comparison.shares.get(head) for head in HEADS},
         "votes": comparison.votes,
         "p_first": None,
         "source": "other",

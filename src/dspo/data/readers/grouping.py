@@ -1,15 +1,24 @@
-"""Rows of a file brought together by a key, on disk: memory holds one group."""
+"""Rows brought together, by a key or in parts, while memory holds one group or part."""
 
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import groupby
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` items; the last may be shorter."""
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
 
 
 def grouped(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of each key in their order, keys sorted. Rows hold JSON values."""
+    """Yield the rows of each key in their order, keys sorted. Rows hold JSON values; they are sorted on disk."""
     with closing(temporary_database()) as database:
         database.execute(
             "CREATE TABLE row (key TEXT, number INTEGER, value TEXT, PRIMARY KEY (key, number)) WITHOUT ROWID"

@@ -1,0 +1,158 @@
+"""Pairs that were made elsewhere -> pairs on disk as the stage `score` leaves them, ready for training."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import save_file
+
+from dspo.data.files import write_json
+from dspo.data.images import Pixels, decode_image, open_parquet, read_table, table_writer
+from dspo.data.keys import prompt_id
+from dspo.data.readers.comparison import Comparison
+from dspo.data.readers.grouping import in_parts
+from dspo.data.records import PAIRS
+from dspo.diffusion.base import load_vae
+from dspo.diffusion.encoding import encode_images, fit
+from dspo.errors import UserError
+from dspo.params import BaseModelParams, ScoreParams
+from dspo.preference.pairs import calibrated_rewards, held_out_prompts
+from dspo.preference.scoring import Row, Scorer, text_tensors
+
+UNSPLIT = "unsplit.parquet"
+ROWS_PER_PART = 128
+PARTS_PER_LINE = 20  # of the log
+
+log = logging.getLogger(__name__)
+
+
+def write_foreign_pairs(
+    comparisons: Iterable[Comparison],
+    base: BaseModelParams,
+    params: ScoreParams,
+    seed: int,
+    device: torch.device,
+    scorer: Scorer | None,
+    output: Path,
+) -> dict[str, Any]:
+    """Fill ``output`` with the comparisons that have a winner, and return the summary that is also written there.
+
+    ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text.safetensors`` and ``summary.json``. The images
+    are kept as they came; the latents are of their middle squares at the base's resolution. Without a scorer the
+    ``score_*`` columns are null, and CaPO's calibrated reward is 1 for the winner and 0 for the loser: the win rate
+    that people gave them. Images are in memory by ``params.batch_size`` pairs. Raises :class:`UserError` if there are
+    fewer than two prompts, since one is held out.
+    """
+    counts: Counter[str] = Counter()
+    parts = in_parts(_decided(comparisons, counts), params.batch_size)
+    first = next(parts, [])  # before the costly loading of a model: most mistakes are in the first rows already
+    with table_writer(output / UNSPLIT, PAIRS) as write:
+        vae = load_vae(base, device)
+        for number, part in enumerate(chain([first] if first else [], parts), start=1):
+            images = [decode_image(image, pair.where) for pair in part for image in pair.images]
+            counts["enlarged"] += sum(min(image.shape[:2]) < base.resolution for image in images)
+            squares = [fit(image, base.resolution) for image in images]
+            latents = encode_images(vae, squares)
+            rows = [_row(pair, latents[2 * n : 2 * n + 2], base.resolution) for n, pair in enumerate(part)]
+            if scorer is not None:
+                _add_scores(rows, squares, scorer, params.batch_size)
+            write(pa.Table.from_pylist(rows, schema=PAIRS))
+            if number % PARTS_PER_LINE == 0:
+                log.info("%d pairs encoded", number * params.batch_size)
+
+    table = read_table(output / UNSPLIT, ["prompt_id", "caption", "weight"])
+    captions = dict(zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True))
+    if len(captions) < 2:
+        raise UserError(
+            "the pairs with a winner have fewer than 2 prompts; one is held out. Add pairs of other prompts."
+        )
+    if not any(table["weight"].to_pylist()):
+        raise UserError("every weight is 0: nothing would be learnt. Give a pair a weight above 0.")
+    held_out = held_out_prompts(captions, params.validation_share, seed)
+    if not held_out:
+        raise UserError("score.validation_share is 0, but the best epoch is chosen on held-out pairs. Raise it.")
+    _split(output, held_out)
+    save_file(text_tensors(base, captions, device), output / "text.safetensors")
+    held = sum(prompt in held_out for prompt in table["prompt_id"].to_pylist())
+    summary = {
+        "pairs": len(table),
+        "pairs_train": len(table) - held,
+        "pairs_validation": held,
+        "prompts_with_pairs": len(captions),
+        "left_out": {"ties": counts["ties"], "repeated": counts["repeated"]},
+        "images_enlarged": counts["enlarged"],
+        "untrained_heads": [] if scorer is None else list(scorer.untrained),
+    }
+    write_json(summary, output / "summary.json")
+    return summary
+
+
+def _decided(comparisons: Iterable[Comparison], counts: Counter[str]) -> Iterator[Comparison]:
+    """The comparisons that have a winner, winner first; a prompt's pair of images once."""
+    seen = set()
+    for comparison in comparisons:
+        if comparison.label == 0.5:
+            counts["ties"] += 1
+        elif comparison.pair_id in seen:
+            counts["repeated"] += 1
+        else:
+            seen.add(comparison.pair_id)
+            yield comparison if comparison.label == 1 else comparison.turned()
+
+
+def _row(pair: Comparison, latents: np.ndarray[Any, np.dtype[np.float16]], resolution: int) -> Row:
+    """A row of ``records.PAIRS``; how the images were sampled is not known."""
+    row: Row = dict.fromkeys(PAIRS.names)
+    row |= {
+        "pair_id": pair.pair_id,
+        "prompt_id": prompt_id(pair.prompt),
+        "caption": pair.prompt,
+        "weight": pair.weight,
+        "width": resolution,
+        "height": resolution,
+        "latent_shape": list(latents.shape[1:]),
+    }
+    for side in (0, 1):
+        row |= {
+            f"jpg_{side}": pair.images[side],
+            f"label_{side}": 1.0 - side,
+            f"rca_{side}": 1.0 - side,
+            f"latent_{side}": latents[side].astype("<f2").tobytes(),
+        }
+    return row
+
+
+def _add_scores(rows: Sequence[Row], images: Sequence[Pixels], scorer: Scorer, batch_size: int) -> None:
+    """``images``: those of the rows, winner and loser in turn."""
+    captions = [row["caption"] for row in rows for _ in range(2)]
+    scores = scorer.score(images, captions, batch_size)
+    overall = scores[:, list(scorer.heads).index("overall")].reshape(-1, 2)
+    for number, row in enumerate(rows):
+        calibrated = calibrated_rewards(overall[number].tolist(), scorer.temperature)
+        for side in (0, 1):
+            row[f"rca_{side}"] = float(calibrated[side])
+            for head, value in zip(scorer.heads, scores[2 * number + side].tolist(), strict=True):
+                row[f"score_{side}_{head}"] = value
+
+
+def _split(output: Path, held_out: set[str]) -> None:
+    """``unsplit.parquet`` -> ``train.parquet`` and ``validation.parquet``, part by part."""
+    whole = output / UNSPLIT
+    with ExitStack() as files:
+        source = files.enter_context(open_parquet(whole, PAIRS.names))
+        write = {s: files.enter_context(table_writer(output / f"{s}.parquet", PAIRS)) for s in ("train", "validation")}
+        for batch in source.iter_batches(ROWS_PER_PART):
+            part = pa.Table.from_batches([batch])
+            held = [prompt in held_out for prompt in part["prompt_id"].to_pylist()]
+            for split, wanted in (("train", False), ("validation", True)):
+                members = part.filter(pa.array([value == wanted for value in held]))
+                if len(members):
+                    write[split](members)
+    whole.unlink()

@@ -1,0 +1,246 @@
+"""Pairs from a folder, a CSV or a Pick-a-Pic shard, to the latents and text that preference training reads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from peft import PeftModel
+from PIL import Image
+from published_sets import picture, put, write_csv
+from reward_tiny import make_clip, reward_params
+from safetensors.torch import load_file
+from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
+from typer.testing import CliRunner
+
+from dspo.cli import app
+from dspo.data.keys import prompt_id
+from dspo.data.prompts import Prompt, write_split
+from dspo.data.records import HEADS, PAIRS
+from dspo.diffusion.encoding import fit
+from dspo.errors import UserError
+from dspo.params import load_params
+from dspo.preference.dataset import load_pairs
+from dspo.reward.backbone import weights_sha256
+from dspo.reward.checkpoint import load_reward, save_reward
+from dspo.reward.model import build_model
+from dspo.reward.training import Trained, current_weights
+from dspo.stages import train
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny base and an untrained reward model."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_pipeline(folder / "base")
+    settings = reward_params(make_clip(folder / "clip"))
+    model = build_model(settings, seed=0, device=torch.device("cpu"))
+    weights = current_weights(model)
+    trained = Trained(ema=weights, raw=weights, curve=[])
+    temperatures = dict.fromkeys(model.heads, 0.5)
+    save_reward(
+        folder / "reward", model, trained, settings, temperatures, ["detail"], weights_sha256(model.backbone.clip)
+    )
+    return folder
+
+
+@pytest.fixture
+def folder(models, tmp_path, monkeypatch):
+    """A working folder with parameters for the tiny base."""
+    raw = yaml.safe_load(SHIPPED.read_text())
+    world = raw["worlds"][raw["world"]]
+    world["base"] |= {"model": str(models / "base"), "resolution": RESOLUTION}
+    world["score"] |= {"validation_share": 0.25, "batch_size": 3}
+    world["train"] |= {"rank": 2, "alpha": 2, "epochs": 1, "batch_size": 3, "warmup_steps": 0, "validation_prompts": 1}
+    world["evaluate"]["sampler"] |= {"steps": 1}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DSPO_DEVICE", "cpu")
+    return tmp_path
+
+
+def noise(seed, width=RESOLUTION, height=RESOLUTION):
+    """PNG bytes of a random picture."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    path = Path(f"noise-{seed}.png")
+    Image.fromarray(pixels).save(path)
+    return path.read_bytes()
+
+
+def sample_pairs():
+    return [(f"prompt {n}", noise(n), noise(100 + n, width=40)) for n in range(COUNT)]
+
+
+def as_folder(path, pairs):
+    for n, (prompt, winner, loser) in enumerate(pairs):
+        put(path / "winners" / f"{n:03}.png", winner)
+        put(path / "losers" / f"{n:03}.png", loser)
+        put(path / "winners" / f"{n:03}.txt", prompt.encode())
+    return path
+
+
+def as_csv(path, pairs):
+    rows = []
+    for n, (prompt, winner, loser) in enumerate(pairs):
+        put(path / f"w{n}.png", winner)
+        put(path / f"l{n}.png", loser)
+        rows.append([prompt, f"w{n}.png", f"l{n}.png"])
+    return write_csv(path / "pairs.csv", "prompt,winner,loser", rows)
+
+
+def as_shards(path, pairs):
+    """Winners on either side, a tie and a repeated pair among them."""
+    rows = []
+    for n, (prompt, winner, loser) in enumerate(pairs):
+        first = n % 2 == 0
+        sides = (winner, loser) if first else (loser, winner)
+        rows.append((prompt, *sides, float(first), float(not first)))
+    rows.insert(2, ("a tie", *rows[0][1:3], 0.5, 0.5))
+    rows.append(rows[1])
+    path.mkdir()
+    names = ["caption", "jpg_0", "jpg_1", "label_0", "label_1"]
+    for number, part in enumerate((rows[:4], rows[4:])):
+        pd.DataFrame(part, columns=names).to_parquet(path / f"{number}.parquet")
+    return path
+
+
+def bring(source, output="pairs", *more, code=0):
+    result = CliRunner().invoke(app, ["import-pairs", "--input", str(source), "--output", output, *more])
+    if code == 0:
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        return Path(output)
+    assert isinstance(result.exception, UserError)
+    return str(result.exception)
+
+
+def test_three_forms_of_the_same_pairs_give_the_same_bytes(folder):
+    pairs = sample_pairs()
+    outputs = [
+        bring(make(folder / make.__name__, pairs), make.__name__ + "-out") for make in (as_folder, as_csv, as_shards)
+    ]
+    for name in ("train.parquet", "validation.parquet", "text.safetensors"):
+        assert len({(output / name).read_bytes() for output in outputs}) == 1
+    assert sorted(file.name for file in outputs[0].iterdir()) == [
+        "summary.json", "text.safetensors", "train.parquet", "validation.parquet",
+    ]  # fmt: skip
+    left_out = [json.loads((output / "summary.json").read_text())["left_out"] for output in outputs]
+    assert left_out == [{"ties": 0, "repeated": 0}] * 2 + [{"ties": 1, "repeated": 1}]
+
+
+def test_rows(folder, models):
+    """Latents are what diffusers' own preprocessing and VAE make of the image; what is unknown is null."""
+    pairs = sample_pairs()
+    output = bring(as_csv(folder / "set", pairs))
+    tables = {name: pq.read_table(output / f"{name}.parquet") for name in ("train", "validation")}
+    assert all(table.schema.equals(PAIRS) for table in tables.values())
+    assert [len(table) for table in tables.values()] == [6, 2]
+    vae = AutoencoderKL.from_pretrained(models / "base" / "vae")
+    processor = VaeImageProcessor(vae_scale_factor=8)
+    rows = {row["caption"]: row for table in tables.values() for row in table.to_pylist()}
+    for prompt, winner, loser in pairs:
+        row = rows[prompt]
+        assert (row["jpg_0"], row["jpg_1"], row["label_0"], row["label_1"]) == (winner, loser, 1, 0)
+        assert (row["rca_0"], row["rca_1"], row["weight"], row["width"], row["height"]) == (
+            1,
+            0,
+            1,
+            RESOLUTION,
+            RESOLUTION,
+        )
+        assert row["latent_shape"] == [4, RESOLUTION // 8, RESOLUTION // 8]
+        assert all(row[name] is None for name in ("score_0_overall", "steps", "scheduler", "sample_index_0"))
+        with torch.no_grad():
+            pixels = processor.preprocess(Image.open(put(folder / "x.png", winner)))
+            expected = vae.encode(pixels).latent_dist.mean[0] * vae.config.scaling_factor
+        latent = np.frombuffer(row["latent_0"], "<f2").reshape(row["latent_shape"])
+        np.testing.assert_allclose(latent, expected.numpy(), rtol=2e-3, atol=1e-4)
+    text = load_file(output / "text.safetensors")
+    assert {name.removesuffix(".embeds") for name in text if name.endswith(".embeds")} == {
+        "null", *(prompt_id(prompt) for prompt, *_ in pairs),
+    }  # fmt: skip
+    held_out = set(tables["validation"]["prompt_id"].to_pylist())
+    assert not held_out & set(tables["train"]["prompt_id"].to_pylist())
+
+
+def test_fit_takes_the_middle_square():
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 200
+    assert (fit(image, 10) == 200).all()
+    assert (fit(image, 40)[:, 2:-2] > 150).all()
+    upright = fit(image.transpose(1, 0, 2), 10)
+    assert (upright == 200).all()
+
+
+def test_reward_model_fills_scores_and_calibrated_rewards(folder, models):
+    pairs = sample_pairs()
+    output = bring(as_folder(folder / "set", pairs), "pairs", "--reward-model", str(models / "reward"))
+    rows = [row for name in ("train", "validation") for row in pq.read_table(output / f"{name}.parquet").to_pylist()]
+    scorer = load_reward(models / "reward", torch.device("cpu"))
+    losers = {prompt: loser for prompt, _, loser in pairs}
+    for row in rows:
+        square = np.asarray(Image.open(put(folder / "x.png", losers[row["caption"]])))[:, 4:36]
+        expected = scorer.score([square], [row["caption"]], 1)[0]
+        np.testing.assert_allclose([row[f"score_1_{head}"] for head in scorer.heads], expected, rtol=1e-4, atol=1e-5)
+        gap = row["score_0_overall"] - row["score_1_overall"]
+        assert row["rca_0"] == pytest.approx(1 / (1 + np.exp(-gap / 0.5)))
+        assert row["rca_0"] + row["rca_1"] == pytest.approx(1)
+    assert scorer.heads == HEADS
+    assert json.loads((output / "summary.json").read_text())["untrained_heads"] == ["detail"]
+
+
+def test_training_takes_them(folder, models):
+    output = bring(as_csv(folder / "set", sample_pairs()))
+    pairs, held_out = load_pairs(output)
+    assert (len(pairs), len(held_out), set(pairs.delta.tolist())) == (6, 2, {1.0})
+    write_split([Prompt(prompt_id("new"), "new")], folder / "validation.csv")
+    arguments = {
+        "params": "params.yaml", "pairs": output, "reward": models / "reward",
+        "validation-prompts": "validation.csv", "output": "adapter", "log": "log",
+    }  # fmt: skip
+    train.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
+    PeftModel.from_pretrained(tiny_unet(), folder / "adapter")
+    metrics = json.loads((folder / "log" / "metrics.json").read_text())
+    assert (metrics["pairs"], metrics["held_out_pairs"], metrics["steps"]) == (6, 2, 2)
+
+
+def test_weights_of_a_csv_reach_training(folder):
+    as_csv(folder / "set", sample_pairs())
+    rows = [[f"prompt {n}", f"w{n}.png", f"l{n}.png", n] for n in range(COUNT)]
+    write_csv(folder / "set" / "pairs.csv", "prompt,winner,loser,weight", rows)
+    pairs, held_out = load_pairs(bring(folder / "set" / "pairs.csv"))
+    assert sorted([*pairs.weight.tolist(), *held_out.weight.tolist()]) == list(range(COUNT))
+
+
+def test_mistakes_leave_what_was_there(folder):
+    source = as_csv(folder / "set", sample_pairs())
+    output = bring(source)
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    (folder / "set" / "l5.png").write_bytes(b"GIF89a")
+    assert "pairs.csv, row 6, set/l5.png: the image does not decode" in bring("set/pairs.csv", "pairs", code=2)
+    one = write_csv(folder / "set" / "one.csv", "prompt,winner,loser", [["a", "w1.png", "l1.png"]] * 2)
+    assert "fewer than 2 prompts" in bring(one, "pairs", code=2)
+    none = write_csv(folder / "set" / "none.csv", "prompt,winner,loser", [])
+    assert "fewer than 2 prompts" in bring(none, "pairs", code=2)
+    shutil.rmtree(folder / "set" / "losers", ignore_errors=True)
+    assert "which layout is this? Say so with --layout: pickapic" in bring(folder / "set", "pairs", code=2)
+    assert "--layout laion: expected one of pickapic" in bring(source, "pairs", "--layout", "laion", code=2)
+    assert "no such file or folder" in bring("missing", "pairs", code=2)
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+
+
+def test_resolution_of_the_params(folder):
+    """Small images are enlarged, and that is said."""
+    pairs = [(prompt, picture(n), loser) for n, (prompt, _, loser) in enumerate(sample_pairs())]
+    summary = json.loads((bring(as_folder(folder / "set", pairs)) / "summary.json").read_text())
+    assert summary["images_enlarged"] == COUNT
+    assert load_params(folder / "params.yaml").active.base.resolution == RESOLUTION
