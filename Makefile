@@ -12,7 +12,7 @@ STAMP := .venv/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup lock repro gates report shapes ablation losses overopt audit sampler test lint format deps mlflow sync image
+.PHONY: help setup lock repro gates report shapes ablation losses overopt audit sampler test lint format deps mlflow sync exp-show image
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,6 +93,9 @@ mlflow: setup ## MLflow's pages over mlflow.db at http://127.0.0.1:5000
 
 sync: setup ## send to MLflow what is not there yet, experiments of `dvc exp run` included
 	dspo sync
+
+exp-show: setup ## experiments beside each other, best by gold first: what differs, and the figures that matter
+	dvc exp show --no-pager --only-changed --sort-by evaluation.gold.win_rate --sort-order desc --keep 'evaluation.gold.win_rate' --drop '(?!Experiment|State|world|seed|evaluation.(gold.win_rate|fully_right.tuned|diversity_ratio)|reward_model.macro_f1)'
 
 image: ## the container image
 	docker build --tag dspo .

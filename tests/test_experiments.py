@@ -1,0 +1,182 @@
+"""`dvc exp` on this repository's own pipeline: queue, grid, table, comparison, sharing, and what a dead one leaves.
+
+The stages that need models are stand-ins that write their declared outputs at once; their figures follow from lr.
+"""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from PIL import Image
+from test_tracking import dora_adapter
+from tiny_run import ROOT, project, shell
+
+from dspo.tracking.sync import sync
+
+LR = "worlds.shapes.train.lr"
+REAL = "prepare_prompts"
+STAND_IN = """
+import json, pathlib, shutil, yaml
+from PIL import Image
+name = pathlib.Path(__file__).stem
+stage = yaml.safe_load(open("dvc.yaml"))["stages"][name]
+lr = yaml.safe_load(open("params.yaml"))["worlds"]["shapes"]["train"]["lr"]
+if name not in ("train", "evaluate", "report"):
+    lr = 0
+summary = {"evaluation": {"gold": {"win_rate": lr, "ci95": [lr, lr]}}, "train": {"loss": 1 - lr}}
+def table(path, *columns):
+    rows = [columns, *([step] + [lr * step] * (len(columns) - 1) for step in (1, 2))]
+    path.write_text("".join(",".join(map(str, row)) + "\\n" for row in rows))
+for out in [*stage["outs"], *stage.get("metrics", [])]:
+    path = pathlib.Path(out if isinstance(out, str) else next(iter(out)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        path.write_text(json.dumps(summary))
+        continue
+    path.mkdir(exist_ok=True)
+    if path.name == "adapter":
+        shutil.copytree("prepared", path, dirs_exist_ok=True)
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": lr}))
+    elif path.name == "training":
+        table(path / "log.csv", "step", "loss")
+        table(path / "epochs.csv", "epoch", "step", "loss", "implicit_accuracy", "reward")
+    elif path.name == "evaluation":
+        (path / "results.json").write_text(json.dumps({"verdict": {"improved": {"gold_overall": True}}}))
+        (path / "win_rates.csv").write_text(f"comparison,win_rate\\ntuned against base,{lr}\\n")
+    elif path.name == "plots":
+        Image.new("RGB", (4, 4), (int(255 * lr), 0, 0)).save(path / "grid.png")
+    else:
+        (path / "stage.json").write_text("{}")
+        (path / "curve.csv").write_text("epoch,train_loss,validation_nll_raw,validation_nll_ema\\n0,1,1,1\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after `dvc repro` and a commit, with a remote for Git and one for data."""
+    folder = tmp_path_factory.mktemp("experiments")
+    root = project(folder / "root")
+    for path in (root / "src/dspo/stages").glob("*.py"):
+        if path.stem in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"] and path.stem != REAL:
+            path.write_text(STAND_IN)
+    dora_adapter(root / "prepared")
+    shell(folder, "git", "init", "--quiet", "--bare", "--initial-branch=main", "server.git")
+    shell(root, "git", "remote", "add", "origin", str(folder / "server.git"))
+    shell(root, "dvc", "repro", "--quiet")
+    shell(root, "git", "add", ".")
+    shell(root, "git", "commit", "--quiet", "--message", "run")
+    shell(root, "git", "push", "--quiet", "--set-upstream", "origin", "main")
+    return root
+
+
+@pytest.fixture(scope="module")
+def grid(finished: Path) -> dict[str, str]:
+    """Names by lr of a grid of two that ran in the queue; a third in the queue died of a parameter."""
+    shell(finished, "dvc", "exp", "run", "--queue", "--set-param", f"{LR}=0.25,0.5")
+    shell(finished, "dvc", "exp", "run", "--queue", "--name", "dead", "-S", "worlds.shapes.prompts.test_share=1.5")
+    shell(finished, "dvc", "exp", "run", "--run-all", "--jobs", "2")
+    return {row[LR]: row["Experiment"] for row in table(finished) if row["Experiment"] not in ("", "dead")}
+
+
+def table(root: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(shell(root, "dvc", "exp", "show", "--csv").stdout.splitlines()))
+
+
+def test_a_grid_in_the_queue_leaves_two_experiments_and_the_workspace_as_it_was(
+    grid: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    assert set(grid) == {"0.25", "0.5"}
+    for lr, name in grid.items():
+        shell(tmp_path, "dvc", "get", finished, "models/adapter", "--rev", name, "--out", name)
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["lora_dropout"] == float(lr)
+    assert shell(finished, "git", "status", "--porcelain").stdout == ""
+    shipped = yaml.safe_load((finished / "params.yaml").read_text())["worlds"]["shapes"]["train"]["lr"]
+    assert json.loads((finished / "models/adapter/adapter_config.json").read_text())["lora_dropout"] == shipped
+
+
+@pytest.mark.usefixtures("grid")
+def test_one_that_died_in_the_queue_says_why_and_its_log_is_found(finished: Path) -> None:
+    assert re.search(r"dead\s.*Failed", shell(finished, "dvc", "queue", "status").stdout)
+    message = "error: params.yaml: worlds.shapes.prompts.test_share: Input should be less than 1"
+    assert message in shell(finished, "dvc", "queue", "logs", "dead").stdout
+    logs = list((finished / ".dvc/tmp/exps/run").glob("*/*.out"))
+    assert sum(message in log.read_text() for log in logs) == 1
+    (row,) = [row for row in table(finished) if row["Experiment"] == "dead"]
+    assert row["State"] == "Failed"
+
+
+def test_the_table_has_the_columns_that_a_person_compares_by(grid: dict[str, str], finished: Path) -> None:
+    recipe = re.search(r"^exp-show:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert recipe
+    command = recipe[1].replace("$$", "$")
+    shown = shell(finished, "bash", "-c", command).stdout
+    assert max(map(len, shown.splitlines())) <= 160
+    rows = list(csv.DictReader(shell(finished, "bash", "-c", f"{command} --csv").stdout.splitlines()))
+    figures = {row["Experiment"]: row["evaluation.gold.win_rate"] for row in rows}
+    assert [figures[grid[lr]] for lr in ("0.25", "0.5")] == ["0.25", "0.5"]
+    ranked = [row["Experiment"] for row in rows if row["Experiment"] in grid.values()]
+    assert ranked == [grid["0.5"], grid["0.25"]]
+    assert not [column for column in rows[0] if column.startswith(("src/", "models/", "data/", "worlds.sdxl"))]
+
+
+def test_two_experiments_are_compared_by_figures_curves_and_images(
+    grid: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    first, second = grid["0.25"], grid["0.5"]
+    difference = json.loads(shell(finished, "dvc", "exp", "diff", first, second, "--json").stdout)
+    assert difference["params"]["params.yaml"][LR] == {"old": 0.25, "new": 0.5, "diff": 0.25}
+    assert difference["metrics"]["reports/summary.json"]["evaluation.gold.win_rate"]["diff"] == 0.25
+
+    page = tmp_path / "page"
+    drawn = json.loads(shell(finished, "dvc", "plots", "diff", first, second, "--json", "--out", page).stdout)["data"]
+    (loss,) = drawn["dvc.yaml::training loss"]
+    points = json.loads(loss["content"]["data"]["values"]) if isinstance(loss["content"], dict) else loss["content"]
+    assert loss["revisions"] == [first, second]
+    assert first in str(points)
+    images = [item for item in drawn["reports/plots/grid.png"] if item["type"] == "image"]
+    colours = {item["revisions"][0]: Image.open(item["url"]).getpixel((0, 0))[0] for item in images}
+    assert colours == {first: 63, second: 127}
+
+
+def test_an_experiment_becomes_the_workspace_or_a_branch(grid: dict[str, str], finished: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished, tmp_path / "root", symlinks=True))
+    shell(root, "dvc", "exp", "branch", grid["0.25"], "quarter")
+    assert f"{LR.rsplit('.', 1)[1]}: 0.25" in shell(root, "git", "show", "quarter:params.yaml").stdout
+    shell(root, "dvc", "exp", "apply", grid["0.5"])
+    assert json.loads((root / "models/adapter/adapter_config.json").read_text())["lora_dropout"] == 0.5
+    assert "didn't change, skipping" in shell(root, "dvc", "repro").stdout
+    assert "dvc.lock" in shell(root, "git", "status", "--porcelain").stdout
+
+
+def test_a_colleague_pulls_an_experiment_with_its_data(grid: dict[str, str], finished: Path, tmp_path: Path) -> None:
+    name = grid["0.5"]
+    root = Path(shutil.copytree(finished, tmp_path / "root", symlinks=True))
+    shell(root, "dvc", "exp", "push", "origin", name)
+    shell(tmp_path, "git", "clone", "--quiet", finished.parent / "server.git", "clone")
+    clone = tmp_path / "clone"
+    assert name in shell(clone, "dvc", "exp", "list", "origin").stdout
+    shell(clone, "dvc", "exp", "pull", "origin", name)
+    shell(clone, "dvc", "exp", "apply", name)
+    assert json.loads((clone / "models/adapter/adapter_config.json").read_text())["lora_dropout"] == 0.5
+
+
+def test_the_run_in_mlflow_carries_the_name_of_the_experiment(
+    grid: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(finished, tmp_path / "root", symlinks=True))
+    shell(root, "dvc", "exp", "run", "--temp", "--name", "aside", "--set-param", f"{LR}=0.75")
+    assert shell(root, "git", "status", "--porcelain").stdout == ""
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    sync(uri, root)
+    client = MlflowClient(uri)
+    experiment: Any = client.get_experiment_by_name("dspo")
+    runs = [run for run in client.search_runs([experiment.experiment_id]) if "dvc.stage" not in run.data.tags]
+    by_lr = {run.data.params["train.lr"]: run.info.run_name for run in runs if "dvc.exp_name" in run.data.tags}
+    assert by_lr == {"0.75": "aside", **grid}
