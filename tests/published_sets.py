@@ -3,8 +3,13 @@
 import csv
 import io
 import json
+import os
+import re
 import struct
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +23,24 @@ def picture(value, codec="PNG"):
     pixels = np.random.default_rng(value).integers(0, 256, (4, 6, 3), np.uint8)
     Image.fromarray(pixels).save(buffer, codec, lossless=True)
     return buffer.getvalue()
+
+
+def worked_example(heading, folder):
+    """Run the commands below a heading of docs/data.md, as they stand there, in a folder."""
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    section = page[page.index(f"# {heading}\n") :]
+    commands = re.search(r"```bash\n(.*?)```", section, re.S)[1]
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "DSPO_DEVICE": "cpu",
+    }
+    done = subprocess.run(
+        ["bash", "-euc", commands], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def put(path, data):

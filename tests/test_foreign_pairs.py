@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from peft import PeftModel
 from PIL import Image
-from published_sets import picture, put, write_csv
+from published_sets import picture, put, worked_example, write_csv
 from reward_tiny import make_clip, reward_params
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
@@ -244,3 +244,12 @@ def test_resolution_of_the_params(folder):
     summary = json.loads((bring(as_folder(folder / "set", pairs)) / "summary.json").read_text())
     assert summary["images_enlarged"] == COUNT
     assert load_params(folder / "params.yaml").active.base.resolution == RESOLUTION
+
+
+def test_the_documents_example(folder, models):
+    """From the pictures to an adapter, by the commands of docs/data.md."""
+    (folder / "models").symlink_to(models)
+    (folder / "data" / "prompts").mkdir(parents=True)
+    write_split([Prompt(prompt_id("new"), "new")], folder / "data" / "prompts" / "validation.csv")
+    assert "my-data/pairs: 6 pairs to train on, 2 held out" in worked_example("Pairs", folder)
+    PeftModel.from_pretrained(tiny_unet(), folder / "my-data" / "adapter")
