@@ -153,14 +153,22 @@ def dspo(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, lam: float, permute_k
 def dspo_two_sided(
     e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, u: Tensor, lam: float
 ) -> Tensor:
-    """DSPO with a gradient from the loser, ours: mean of DSPO on the winner and of the mirrored policy's on the loser.
+    """DSPO with a gradient from the loser, ours: half of
 
-    The mirrored policy 2r - e lies on the other side of the reference. To teach it the losers is to push the policy
-    away from them, and no farther than winners pull: both terms are quadratic, so there is a fixed point, as DPO has
-    none. Where x_t may come from a winner or a loser alike, it is e = r + (E_w[y] - E_l[y]) / (2 (1 - k)): what winners
-    and losers have in common cancels. At k = 0 it is the offline form of DiffusionNFT (Zheng et al., 2025).
+        || e_w - sg(y_w + k (e_w - r_w)) ||^2 / D + || e'_l - sg(y_l + k (e'_l - r_l)) ||^2 / D
+        e' = 2r - e,  k = lam min(1, 2 (1 - sigmoid(u)))
+
+    The mirrored policy e' lies on the other side of the reference: to teach it the losers is to push the policy away
+    from them. Both terms are quadratic, so there is a fixed point, as DPO has none: where x_t may be a winner's or a
+    loser's alike it is e = r + (E_w[y] - E_l[y]) / 2(1 - k). What winners and losers have in common cancels, and lam
+    says how far beyond their difference the policy goes, the less where it already prefers the winner. With constant k
+    it is DiffusionNFT's loss (Zheng et al., 2025) on fixed pairs.
     """
-    return (dspo(e_w, r_w, y_w, u, lam) + dspo(2 * r_l - e_l, r_l, y_l, u, lam)) / 2
+    k = (2 * pull(u, lam)).clamp(max=lam)
+    mirrored = 2 * r_l - e_l
+    winner = error(e_w, (y_w + _per_pair(k) * (e_w - r_w)).detach())
+    loser = error(mirrored, (y_l + _per_pair(k) * (mirrored - r_l)).detach())
+    return (winner + loser) / 2
 
 
 def dspo_official_sd15(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, beta: float) -> Tensor:
