@@ -197,4 +197,4 @@ def save(model: nn.Module, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=2400, batch_size=160, lr=1.5e-3)
+    run_trainer(__doc__, train, steps=3700, batch_size=160, lr=1.5e-3)
