@@ -202,19 +202,20 @@ def test_a_folder_is_a_remote(tiny_run: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def ssh_port(tmp_path: Path) -> Iterator[int]:
     """An SSH server that lets the key ``tmp_path/key`` in."""
+
+    async def listen() -> asyncssh.SSHAcceptor:
+        return await asyncssh.listen(
+            "127.0.0.1", 0, server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
+            authorized_client_keys=str(tmp_path / "allowed"), sftp_factory=True,
+        )  # fmt: skip
+
     key = asyncssh.generate_private_key("ssh-ed25519")
     key.write_private_key(tmp_path / "key")
     key.write_public_key(tmp_path / "allowed")
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = asyncio.run_coroutine_threadsafe(
-        asyncssh.listen(
-            "127.0.0.1", 0, server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
-            authorized_client_keys=str(tmp_path / "allowed"), sftp_factory=True,
-        ),
-        loop,
-    ).result()  # fmt: skip
+    server = asyncio.run_coroutine_threadsafe(listen(), loop).result()
     yield server.get_port()
     loop.call_soon_threadsafe(server.close)
     loop.call_soon_threadsafe(loop.stop)

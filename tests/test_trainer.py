@@ -50,6 +50,7 @@ def params(**changes: object) -> TrainParams:
         "warmup_steps": 2,
         "checkpoint_every_steps": 2,
         "beta": 30.0,
+        "ema_decay": None,
     }
     return load_params(Path("params.yaml")).worlds["shapes"].train.model_copy(update={**small, **changes})
 

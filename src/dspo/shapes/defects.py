@@ -30,7 +30,7 @@ def spoil(picture: Picture, kind: str, strength: float, rng: np.random.Generator
         case "gradient":
             out = picture * (1 + 0.5 * strength * _ramp(picture.shape[:2], rng)[..., None])
         case "blotch":
-            out = picture + 0.2 * strength * _clouds(picture.shape, rng)
+            out = picture + 0.12 * strength * _clouds(picture.shape, rng)
         case "fade":  # towards the corner, which shows the ground
             out = picture + strength * (picture[:1, :1] - picture)
         case _:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 MEAN, STD = [0.55, 0.45, 0.45], [0.28, 0.24, 0.24]
 PICTURES = 80_000
-MORE_FAULTS = (("fade", 0.2, (0.1, 0.8)), ("blotch", 0.2, (0.1, 0.8)), ("warp", 0.25, (0.05, 0.5)))
+MORE_FAULTS = (("fade", 0.2, (0.1, 0.8)), ("blotch", 0.2, (0.15, 1.0)), ("warp", 0.25, (0.05, 0.5)))
 GHOST_SHARE = 0.2
 NOISE = 0.03  # standard deviation of the pixel noise in training, so that decoded samples look familiar
 
