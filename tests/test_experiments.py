@@ -136,7 +136,7 @@ def test_two_experiments_are_compared_by_figures_curves_and_images(
 
     page = tmp_path / "page"
     drawn = json.loads(shell(finished, "dvc", "plots", "diff", first, second, "--json", "--out", page).stdout)["data"]
-    (loss,) = drawn["dvc.yaml::training loss"]
+    (loss,) = next(data for name, data in drawn.items() if name.endswith("training loss"))
     points = json.loads(loss["content"]["data"]["values"]) if isinstance(loss["content"], dict) else loss["content"]
     assert loss["revisions"] == [first, second]
     assert first in str(points)

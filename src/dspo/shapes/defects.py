@@ -48,8 +48,8 @@ def _warp(picture: Picture, pixels: float, rng: np.random.Generator) -> Picture:
 
 
 def _ramp(shape: tuple[int, ...], rng: np.random.Generator) -> Picture:
-    """From -1 to 1 across the picture, in a random direction."""
-    angle = rng.uniform(0, 2 * np.pi)
+    """From -1 to 1 across the picture, as light falls from above: the greatest value is at the upper side."""
+    angle = rng.uniform(-0.75 * np.pi, -0.25 * np.pi)
     y, x = (np.linspace(-1, 1, n) for n in shape)
     ramp = np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]
     return np.asarray(ramp / np.abs(ramp).max())
