@@ -1,12 +1,17 @@
 """Environment variables: they say where things are, never what the program does. The one module that reads them.
 
-``DSPO_DEVICE``          torch device, e.g. ``cuda:1`` or ``cpu``; default: the first CUDA device, else the CPU
+``DSPO_DEVICE``          torch device, e.g. ``cuda:1`` or ``cpu``; default: the first CUDA device, else the CPU. Under a
+                         launcher the default is the CUDA device of the process's place on its machine
 ``DSPO_SCRATCH``         folder for unfinished work; default: ``scratch`` in the current folder
 ``DSPO_PROCESSES``       processes for work that is spread over CPU cores; default: the cores this process may use
+``DSPO_LAUNCH``          command that starts a stage in several processes (docs/scaling.md); default: one process
 ``MLFLOW_TRACKING_URI``  default: ``mlflow.db`` at the repository's root
+
+A launcher such as `accelerate launch` sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` for the processes it starts.
 """
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +25,28 @@ def device() -> "torch.device":
     """Raises :class:`UserError` if ``DSPO_DEVICE`` names a device that is not there."""
     import torch  # here, so that reading a path does not cost torch's import
 
-    name = os.environ.get("DSPO_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if launched() else "cuda"
+    name = os.environ.get("DSPO_DEVICE") or (own if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DSPO_DEVICE={name}: no such device here ({str(error).splitlines()[0]})") from None
     return torch.device(name)
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank() -> int:
+    """Place of this process among those that a launcher started; 0 without one."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def launcher() -> list[str]:
+    """The command to put before a stage's module, empty where there is none or it has done its work."""
+    return [] if "RANK" in os.environ else shlex.split(os.environ.get("DSPO_LAUNCH", ""))
 
 
 def scratch_root() -> Path:

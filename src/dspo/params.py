@@ -15,6 +15,7 @@ from dspo.errors import UserError
 Head = Literal["overall", "alignment", "aesthetics", "fidelity", "detail"]
 Scheduler = Literal["ddim", "dpmpp_2m", "euler"]
 Dtype = Literal["float32", "bfloat16"]
+ImageFormat = Literal["png", "jpeg", "webp"]
 LossName = Literal[
     "dspo", "dspo_two_sided", "dspo_official_sd15", "dspo_official_sdxl", "dpo", "ipo", "capo", "mapo", "sft"
 ]
@@ -119,6 +120,7 @@ class GenerateParams(Section):
     candidates_per_sampler: Annotated[int, Field(ge=2)]  # images per prompt and sampler; a pair needs two
     batch_size: Count  # images
     shard_size: Count  # images per parquet shard
+    image_format: ImageFormat  # png loses nothing; webp is a tenth of its size. Latents are kept whole in any case
 
 
 class ScoreParams(Section):

@@ -7,13 +7,21 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from dspo.environment import rank
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
 def progress(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
-    """Yield the items of ``iterable`` and show on stderr how far along ``total`` they are."""
+    """Yield the items of ``iterable`` and show on stderr how far along ``total`` they are.
+
+    Of several processes the first one shows its own part.
+    """
+    if rank() > 0:
+        yield from iterable
+        return
     if sys.stderr.isatty():
         yield from tqdm(iterable, total=total, desc=desc, dynamic_ncols=True)
         return

@@ -1,13 +1,20 @@
-"""The candidates that pairs are made of, written in shards so that a killed run goes on where it stopped."""
+"""The candidates that pairs are made of, written in shards so that a killed run goes on where it stopped.
+
+Several processes share the shards out; a shard's bytes are the same whoever makes it.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
+from diffusers import StableDiffusionXLPipeline
 
-from dspo.data.images import encode_png, write_table
+from dspo import distributed
+from dspo.data.codecs import Encoder, encoder
+from dspo.data.images import write_table
 from dspo.data.prompts import Prompt
 from dspo.data.records import CANDIDATES
 from dspo.diffusion.base import load_pipeline
@@ -49,12 +56,17 @@ def generate_candidates(
     device: torch.device,
     folder: Path,
 ) -> None:
-    """Fill ``folder`` with the shards that are not there yet; see :mod:`dspo.data.records` for their columns."""
+    """Fill ``folder`` with the shards that are not there yet; see :mod:`dspo.data.records` for their columns.
+
+    Returns when the shards of all processes are there.
+    """
     missing = [shard for shard in plan_shards(prompts, params) if not (folder / shard.name).exists()]
-    if missing:
-        total = sum(len(shard.requests) for shard in missing)
-        for _ in progress(_generate(missing, base, params, seed, device, folder), total, "candidates"):
+    own = distributed.share(distributed.from_first(missing))
+    if own:
+        total = sum(len(shard.requests) for shard in own)
+        for _ in progress(_generate(own, base, params, seed, device, folder), total, "candidates"):
             pass
+    distributed.wait()
 
 
 def _generate(
@@ -67,15 +79,25 @@ def _generate(
 ) -> Iterator[Sample]:
     """Sample shard by shard, write each when it is whole, and yield its images while they appear."""
     pipe = load_pipeline(base, device)
-    for shard in shards:
-        rows = []
-        for one in sample(pipe, shard.requests, shard.sampler, base.resolution, seed, params.batch_size):
-            rows.append(_row(one))
-            yield one
-        write_table(pa.Table.from_pylist(rows, schema=CANDIDATES), folder / shard.name)
+    if device.type == "cuda":
+        compile_blocks(pipe)
+    with encoder(params.image_format, base.resolution) as images:
+        for shard in shards:
+            rows = []
+            for one in sample(pipe, shard.requests, shard.sampler, base.resolution, seed, params.batch_size):
+                rows.append(_row(one, images))
+                yield one
+            finished = [row | {"image": row["image"].result()} for row in rows]
+            write_table(pa.Table.from_pylist(finished, schema=CANDIDATES), folder / shard.name)
 
 
-def _row(one: Sample) -> dict[str, object]:
+def compile_blocks(pipe: StableDiffusionXLPipeline) -> None:
+    """Compile the UNet's repeated blocks, once for all of a kind; the first batches take a minute longer."""
+    pipe.unet.compile_repeated_blocks()
+
+
+def _row(one: Sample, images: Encoder) -> dict[str, Any]:
+    """A row of CANDIDATES whose image is still being encoded."""
     height, width = one.image.shape[:2]
     return {
         "prompt_id": one.request.prompt.id,
@@ -88,7 +110,7 @@ def _row(one: Sample) -> dict[str, object]:
         "guidance_scale": one.sampler.guidance_scale,
         "width": width,
         "height": height,
-        "image": encode_png(one.image),
+        "image": images.submit(one.image),
         "latent": one.latent.astype("<f2").tobytes(),
         "latent_shape": list(one.latent.shape),
     }

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from diffusers import StableDiffusionXLPipeline
 
+from dspo import distributed
+from dspo.data.codecs import Encoder, encoder
 from dspo.data.images import decode_image, encode_png, read_shards, read_table, write_table
 from dspo.data.prompts import Prompt
 from dspo.data.records import CANDIDATES
@@ -48,19 +51,36 @@ def sample_to_shards(
     """Sample what is missing in ``folder``, one shard per batch.
 
     A batch always holds the same requests, whether the run was interrupted or not: the last bits of an image depend on
-    the shape of its batch, and equal bytes are promised.
+    the shape of its batch, and equal bytes are promised. Several processes share the batches out; returns when those of
+    all are there.
     """
     starts = range(0, len(requests), batch_size)
-    for start in progress(starts, len(starts), f"sampling {folder.name}"):
-        shard = folder / f"{start:08d}.parquet"
-        if shard.exists():
-            continue
-        batch = requests[start : start + batch_size]
-        samples = list(sample(pipe, batch, sampler, resolution, seed, batch_size))
-        write_table(pa.Table.from_pylist([_row(s) for s in samples], schema=IMAGES), shard)
+    missing = distributed.from_first([start for start in starts if not (folder / _name(start)).exists()])
+    own = distributed.share(missing)
+    with encoder("png", resolution) as images:
+        encoding: tuple[int, list[dict[str, Any]]] | None = None
+        for start in progress(own, len(own), f"sampling {folder.name}"):
+            batch = requests[start : start + batch_size]
+            rows = [_row(s, images) for s in sample(pipe, batch, sampler, resolution, seed, batch_size)]
+            if encoding:  # the batch before, encoded while this one was sampled
+                _write_shard(*encoding, folder)
+            encoding = start, rows
+        if encoding:
+            _write_shard(*encoding, folder)
+    distributed.wait()
 
 
-def _row(s: Sample) -> dict[str, object]:
+def _write_shard(start: int, rows: list[dict[str, Any]], folder: Path) -> None:
+    finished = [row | {"image": row["image"].result()} for row in rows]
+    write_table(pa.Table.from_pylist(finished, schema=IMAGES), folder / _name(start))
+
+
+def _name(start: int) -> str:
+    return f"{start:08d}.parquet"
+
+
+def _row(s: Sample, images: Encoder) -> dict[str, Any]:
+    """A row of IMAGES whose image is still being encoded."""
     height, width = s.image.shape[:2]
     return {
         "prompt_id": s.request.prompt.id,
@@ -73,7 +93,7 @@ def _row(s: Sample) -> dict[str, object]:
         "guidance_scale": s.sampler.guidance_scale,
         "width": width,
         "height": height,
-        "image": encode_png(s.image),
+        "image": images.submit(s.image),
     }
 
 

@@ -1,7 +1,12 @@
-"""Candidate images -> scores -> pairs on disk, by whatever scorer."""
+"""Candidate images -> scores -> pairs on disk, by whatever scorer.
+
+Several processes share the shards of candidates out; the first one makes the pairs.
+"""
 
 import csv
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspo import distributed
 from dspo.data.files import write_json
 from dspo.data.images import Pixels, decode_image, read_table, write_table
 from dspo.data.records import CANDIDATES, HEADS, PAIRS
@@ -56,12 +62,17 @@ def write_pairs(
     """Score the shards of ``candidates`` and fill ``output`` with pairs.
 
     ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text.safetensors`` (what ``base`` sees of the pairs'
-    prompts), ``scores.csv`` (every candidate) and ``summary.json``. Raises :class:`UserError` if there is no pair.
+    prompts), ``scores.csv`` (every candidate) and ``summary.json``, by the first process. Called again after a kill, it
+    scores the shards that have no scores yet. Raises :class:`UserError` if there is no pair.
     """
     shards = sorted(candidates.glob("*.parquet"))
     if not shards:
         raise UserError(f"{candidates}: no candidates here. Make them: `dvc repro generate_pairs`")
-    scored = score_shards(shards, scorer, params.batch_size)
+    unfinished = output / "scores"
+    score_shards(shards, scorer, params.batch_size, unfinished)
+    if not distributed.first():
+        return
+    scored = read_scores(shards, unfinished, scorer.heads)
     pairs = select_pairs(scored, params, [head for head in scorer.heads if head not in scorer.untrained])
     if not pairs:
         raise UserError(
@@ -79,21 +90,51 @@ def write_pairs(
     captions = {row["prompt_id"]: row["caption"] for row in rows}
     save_file(text_tensors(base, captions, device), output / "text.safetensors")
     write_scores(scored, scorer.heads, output / "scores.csv")
+    shutil.rmtree(unfinished)
     write_json(summary(scored, pairs, splits, scorer), output / "summary.json")
 
 
-def score_shards(shards: Sequence[Path], scorer: Scorer, batch_size: int) -> list[Candidate]:
-    """Score all candidates, one shard in memory at a time; sorted by prompt and sample index."""
+def score_shards(shards: Sequence[Path], scorer: Scorer, batch_size: int, folder: Path) -> None:
+    """Write the scores of every shard's candidates to a file of its name in ``folder``, where there is none yet.
+
+    Scores do not depend on the number of processes. Returns when the files of all are there.
+    """
+    missing = distributed.from_first([shard for shard in shards if not (folder / shard.name).exists()])
+    own = distributed.share(missing)
+    for shard, (table, images) in progress(ahead(own), len(own), "scoring shards"):
+        scores = scorer.score(images, table["caption"].to_pylist(), batch_size)
+        scored = table.select(["prompt_id", "sample_index", "scheduler", "steps", "guidance_scale"])
+        for head, column in zip(scorer.heads, scores.T, strict=True):
+            scored = scored.append_column(head, pa.array(column.astype(np.float64)))
+        write_table(scored, folder / shard.name)
+    distributed.wait()
+
+
+def ahead(shards: Sequence[Path]) -> Iterator[tuple[Path, tuple[pa.Table, list[Pixels]]]]:
+    """Every shard with what :func:`read_images` reads of it, which happens while the one before is scored."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        upcoming = [thread.submit(read_images, shard) for shard in shards[:1]]
+        for position, shard in enumerate(shards):
+            present = upcoming.pop().result()
+            upcoming += [thread.submit(read_images, following) for following in shards[position + 1 : position + 2]]
+            yield shard, present
+
+
+def read_images(shard: Path) -> tuple[pa.Table, list[Pixels]]:
+    """Table of a shard without its latents, and its images decoded."""
+    table = read_table(shard, [name for name in CANDIDATES.names if not name.startswith("latent")])
+    images = [decode_image(data, f"{shard}, row {row}") for row, data in enumerate(table["image"].to_pylist())]
+    return table, images
+
+
+def read_scores(shards: Sequence[Path], folder: Path, heads: Sequence[str]) -> list[Candidate]:
+    """All candidates with what :func:`score_shards` wrote of them, sorted by prompt and sample index."""
     candidates = []
-    for shard in progress(shards, len(shards), "scoring shards"):
-        table = read_table(shard, [name for name in CANDIDATES.names if not name.startswith("latent")])
-        rows = table.to_pylist()
-        images = [decode_image(row["image"], f"{shard}, row {number}") for number, row in enumerate(rows)]
-        scores = scorer.score(images, [row["caption"] for row in rows], batch_size)
-        for row, values in zip(rows, scores.tolist(), strict=True):
-            by_head = dict(zip(scorer.heads, values, strict=True))
+    for shard in shards:
+        for row in read_table(folder / shard.name).to_pylist():
             sampler = SamplerParams(**{key: row[key] for key in ("scheduler", "steps", "guidance_scale")})
-            candidates.append(Candidate(row["prompt_id"], row["sample_index"], sampler, by_head))
+            scores = {head: row[head] for head in heads}
+            candidates.append(Candidate(row["prompt_id"], row["sample_index"], sampler, scores))
     return sorted(candidates, key=_key)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dspo import distributed
 from dspo.data.files import write_json
 from dspo.data.prompts import Prompt, read_split
 from dspo.diffusion.base import load_pipeline, local_files
@@ -32,8 +33,8 @@ from dspo.preference.dora import load_adapter
 from dspo.reward.checkpoint import load_reward
 from dspo.shapes.grammar import parse
 from dspo.shapes.second import SecondJudge
-from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import run
+from dspo.stages.shared import SharedScratch
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     # Pairs come from the first prompts of the split: only those were seen in training.
     train_prompts = read_split(args.train_prompts)[: params.active.generate.num_prompts]
 
-    scratch = open_scratch("evaluate", _what_decides(params), _inputs(args, params))
+    scratch = SharedScratch("evaluate", _what_decides(params), _inputs(args, params))
     _sample(params, prompts, args.adapter, scratch.path)
     judges = Judges(
         load_reward(args.reward, device()),
@@ -63,15 +64,9 @@ def main(argv: list[str]) -> None:
     plain = _some_seeds(sampled["base"], settings)
     hacked = {name: plain.with_images([apply_hack(name, image) for image in plain.images]) for name in HACKS}
     judged = _judged(judges, sampled | hacked)
-    base, tuned = judged["base"], judged["tuned"]
-    figures = _figures(params, judged, train_prompts) | {"untrained_heads": judges.reward.untrained}
-
-    output = scratch.path / "output"
-    base.write(output / "base.parquet")
-    tuned.write(output / "tuned.parquet")
-    write_json(figures, output / "results.json")
-    write_win_rates(_win_rate_tables(figures), output / "win_rates.csv")
-    write_deltas(base, tuned, output / "deltas.csv")
+    if distributed.first():
+        figures = _figures(params, judged, train_prompts) | {"untrained_heads": judges.reward.untrained}
+        _write(figures, judged["base"], judged["tuned"], scratch.path / "output")
     scratch.publish({"output": args.output})
 
 
@@ -115,10 +110,14 @@ def _sample(params: Params, prompts: list[Prompt], adapter: Path, folder: Path) 
 
 
 def _judged(judges: Judges, groups: dict[str, Images]) -> dict[str, Images]:
-    """Every group of images with its scores; all are judged in one go."""
+    """Every group of images with its scores; all are judged in one go, each process judging its share."""
     images = [image for group in groups.values() for image in group.images]
     captions = [caption for group in groups.values() for caption in group.captions]
-    scores = judges.score(images, captions)
+    size = judges.batch_size
+    own = distributed.share(images, size)
+    part = judges.score(own, distributed.share(captions, size)) if own else {}
+    rows = distributed.merged([dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True)], size)
+    scores = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     ends = np.cumsum([len(group.images) for group in groups.values()])
     return {
         name: replace(group, scores={column: s[end - len(group.images) : end] for column, s in scores.items()})
@@ -163,6 +162,14 @@ def _figures(params: Params, judged: dict[str, Images], train_prompts: list[Prom
     }
 
 
+def _write(figures: Figures, base: Images, tuned: Images, output: Path) -> None:
+    base.write(output / "base.parquet")
+    tuned.write(output / "tuned.parquet")
+    write_json(figures, output / "results.json")
+    write_win_rates(_win_rate_tables(figures), output / "win_rates.csv")
+    write_deltas(base, tuned, output / "deltas.csv")
+
+
 def _win_rate_tables(figures: Figures) -> dict[str, Figures]:
     """Every comparison of the results that the report and `dvc plots` show beside each other."""
     tables = {
@@ -178,4 +185,4 @@ def _win_rate_tables(figures: Figures) -> dict[str, Figures]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "dspo.stages.evaluate")

@@ -6,8 +6,8 @@ from dspo.diffusion.candidates import generate_candidates
 from dspo.environment import device
 from dspo.errors import UserError
 from dspo.params import load_params
-from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
+from dspo.stages.shared import SharedScratch
 
 
 def main(argv: list[str]) -> None:
@@ -18,10 +18,10 @@ def main(argv: list[str]) -> None:
     if not prompts:
         raise UserError(f"{paths.prompts}: no prompts to sample. Add prompts, then run prepare_prompts again.")
     decides = {"seed": params.seed, "base": base.model_dump(), "generate": generate.model_dump()}
-    scratch = open_scratch("generate_pairs", decides, [paths.prompts, *local_files(base)])
+    scratch = SharedScratch("generate_pairs", decides, [paths.prompts, *local_files(base)])
     generate_candidates(prompts, base, generate, params.seed, device(), scratch.path / "candidates")
     scratch.publish({"candidates": paths.output})
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "dspo.stages.generate_pairs")

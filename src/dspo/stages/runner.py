@@ -3,16 +3,25 @@
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dspo.environment import launcher, rank
 from dspo.errors import UserError
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Run ``main`` on the command line's arguments and end the process: 0, or 2 after a :class:`UserError`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
+    """Run ``main`` on the command line's arguments and end the process: 0, or 2 after a :class:`UserError`.
+
+    ``module``: the name of a stage that several processes can share; ``DSPO_LAUNCH`` starts them.
+    """
+    if module and (command := launcher()):
+        os.execvp(command[0], [*command, "--module", module, *sys.argv[1:]])  # noqa: S606
+    # Every process says an error; what goes on, the first one tells.
+    level = logging.INFO if rank() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -7,8 +7,10 @@ python -m dspo.stages.train --params params.yaml --pairs data/pairs --reward mod
 import csv
 from pathlib import Path
 
+import numpy as np
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
+from dspo import distributed
 from dspo.data.files import whole_file, write_json
 from dspo.data.prompts import Prompt, read_split
 from dspo.diffusion.base import load_pipeline, local_files
@@ -22,8 +24,8 @@ from dspo.preference.dora import add_dora
 from dspo.preference.schedule import NoiseSchedule
 from dspo.preference.trainer import Trained, train
 from dspo.reward.checkpoint import RewardScorer, load_reward
-from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
+from dspo.stages.shared import SharedScratch
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
         "batch_size": world.evaluate.batch_size,
     }
     inputs = [paths.pairs, paths.reward, paths.validation_prompts, *local_files(world.base)]
-    scratch = open_scratch("train", settings, inputs)
+    scratch = SharedScratch("train", settings, inputs)
 
     pipe = load_pipeline(world.base, device())
     adapter = add_dora(pipe.unet, world.train, params.seed)
@@ -50,15 +52,16 @@ def main(argv: list[str]) -> None:
     check = RewardCheck(pipe, load_reward(paths.reward, device()), prompts, params)
     trained = train(adapter, schedule, pairs, held_out, world.train, params.seed, scratch.path, check)
 
-    adapter.save(scratch.path / "adapter", world.base.model)
-    write_rows(trained.log, scratch.path / "training" / "log.csv")
-    write_rows(trained.epochs, scratch.path / "training" / "epochs.csv")
-    write_json(metrics(trained, len(pairs), len(held_out)), scratch.path / "training" / "metrics.json")
+    if distributed.first():
+        adapter.save(scratch.path / "adapter", world.base.model)
+        write_rows(trained.log, scratch.path / "training" / "log.csv")
+        write_rows(trained.epochs, scratch.path / "training" / "epochs.csv")
+        write_json(metrics(trained, len(pairs), len(held_out)), scratch.path / "training" / "metrics.json")
     scratch.publish({"adapter": paths.output, "training": paths.log})
 
 
 class RewardCheck:
-    """Mean overall reward of one image per validation prompt, always from the same noise."""
+    """Mean overall reward of one image per validation prompt, always from the same noise; every process gets it."""
 
     def __init__(
         self, pipe: StableDiffusionXLPipeline, scorer: RewardScorer, prompts: list[Prompt], params: Params
@@ -69,10 +72,12 @@ class RewardCheck:
     def __call__(self, _unet: UNet2DConditionModel) -> float:
         world, size = self.params.active, self.params.active.evaluate.batch_size
         seed = self.params.seed
-        samples = list(sample(self.pipe, self.requests, world.evaluate.sampler, world.base.resolution, seed, size))
-        captions = [request.prompt.text for request in self.requests]
+        requests = distributed.share(self.requests, size)
+        samples = list(sample(self.pipe, requests, world.evaluate.sampler, world.base.resolution, seed, size))
+        captions = [request.prompt.text for request in requests]
         scores = self.scorer.score([s.image for s in samples], captions, size)
-        return float(scores[:, self.scorer.heads.index("overall")].mean())
+        overall = scores[:, self.scorer.heads.index("overall")]
+        return float(np.mean(distributed.merged(list(overall), size)))
 
 
 def metrics(trained: Trained, n_pairs: int, n_held_out: int) -> dict[str, float | None]:
@@ -103,4 +108,4 @@ def write_rows(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "dspo.stages.train")
