@@ -1,6 +1,9 @@
 """The report's page: one HTML file with everything in it."""
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -63,6 +66,7 @@ def render_page(
     results: Json,
     summary: Json,
     pictures: Mapping[str, Sequence[Shown]],
+    judges: Sequence[str],
     figures: Mapping[str, str],
     reward: Json,
     training: Json,
@@ -72,9 +76,29 @@ def render_page(
 ) -> str:
     """The page's HTML. Texts are escaped; only ``figures``, our own SVG by name, is markup.
 
-    ``pictures``: heading -> image pairs; ``reward``: report.json of the reward model; ``training``: metrics.json of the
-    training; ``params``: YAML; ``hashes``: input -> digest.
+    ``pictures``: heading -> image pairs; ``judges``: who gave their scores, in this order; ``reward``: report.json of
+    the reward model; ``training``: metrics.json of the training; ``params``: YAML; ``hashes``: input -> digest.
     """
+    return render(
+        "page.html.j2",
+        title="DSPO report",
+        verdict=verdict(results),
+        results=results,
+        summary=summary,
+        pictures=pictures,
+        judges=judges,
+        figures={name: Markup(text) for name, text in figures.items()},  # noqa: S704
+        reward=reward,
+        training=training,
+        params=params,
+        hashes=hashes,
+        studies=studies,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of this folder's templates, with style and script in it. Its policy lets no other script run, and nothing
+    be fetched."""
     environment = Environment(
         loader=PackageLoader("dspo.reporting", "."),
         autoescape=True,
@@ -83,15 +107,12 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.globals |= {"number": number, "interval": interval, "tables": tables}
-    return environment.get_template("page.html.j2").render(
-        verdict=verdict(results),
-        results=results,
-        summary=summary,
-        pictures=pictures,
-        figures={name: Markup(text) for name, text in figures.items()},  # noqa: S704
-        reward=reward,
-        training=training,
-        params=params,
-        hashes=hashes,
-        studies=studies,
+    environment.filters |= {"number": number}
+    style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return environment.get_template(template).render(
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        script_hash=script_hash,
+        **values,
     )

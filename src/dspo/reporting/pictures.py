@@ -11,19 +11,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 SHOWN = 8  # image pairs of each kind
 TILE = 128  # pixels at which an image is shown
+PAGE_BYTES = 2_000_000  # of the images in the page, as text
 MARGIN, LINE = 8, 22  # pixels
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One image pair of the page."""
+    """One image pair of the page, with the scores of both images by the page's judges."""
 
     prompt: str
     base: str  # data URI
     tuned: str
-    delta: float
-    base_score: float
-    tuned_score: float
+    base_scores: list[float]
+    tuned_scores: list[float]
 
 
 def differences(base: pd.DataFrame, tuned: pd.DataFrame, column: str) -> "pd.Series[float]":
@@ -31,19 +31,29 @@ def differences(base: pd.DataFrame, tuned: pd.DataFrame, column: str) -> "pd.Ser
     return (tuned[column] - base[column]).sort_values(kind="stable", ascending=False)
 
 
-def choose(base: pd.DataFrame, tuned: pd.DataFrame, column: str, tie_band: float) -> dict[str, list[Shown]]:
-    """The biggest wins and losses by ``column``, and ties at even distances; one pair for each prompt of a kind."""
-    delta = differences(base, tuned, column)
+def choose(base: pd.DataFrame, tuned: pd.DataFrame, judges: Sequence[str], tie_band: float) -> dict[str, list[Shown]]:
+    """The biggest wins and losses by the first judge, and ties at even distances; one pair for each prompt of a kind.
+
+    Then more pairs at even ranks from best to worst, as many as a light page can hold. ``judges``: score columns.
+    """
+    delta = differences(base, tuned, judges[0])
     ties = delta[delta.abs() <= tie_band].sort_index()
     rows = {
         "Biggest wins": firsts(base, delta[delta > tie_band].index),
         "Biggest losses": firsts(base, delta[delta < -tie_band].index[::-1]),
         "Ties": evenly(firsts(base, ties.index, len(ties)), SHOWN),
     }
-    return {
-        kind: [_shown(base.loc[i], tuned.loc[i], float(delta[i]), column) for i in chosen]
-        for kind, chosen in rows.items()
-    }
+    chosen = [row for of_kind in rows.values() for row in of_kind]
+    others = [row for row in delta.index if row not in set(chosen)]
+    fit = int(PAGE_BYTES / pair_bytes(base, tuned)) - len(chosen)
+    rows["More, at even ranks from best to worst"] = evenly(others, max(fit, 0))
+    return {kind: [shown(base.loc[i], tuned.loc[i], judges) for i in of_kind] for kind, of_kind in rows.items()}
+
+
+def pair_bytes(base: pd.DataFrame, tuned: pd.DataFrame) -> float:
+    """What an image pair adds to the page, the mean of pairs at even distances."""
+    sample = evenly(list(base.index), SHOWN)
+    return sum(len(data_uri(images.loc[i, "image"])) for images in (base, tuned) for i in sample) / len(sample)
 
 
 def firsts(images: pd.DataFrame, index: "pd.Index[Any]", number: int = SHOWN) -> list[Any]:
@@ -58,8 +68,9 @@ def evenly(rows: Sequence[Any], number: int) -> list[Any]:
     return [rows[int((k + 0.5) * len(rows) / number)] for k in range(number)]
 
 
-def _shown(base: "pd.Series[Any]", tuned: "pd.Series[Any]", delta: float, column: str) -> Shown:
-    return Shown(base["caption"], data_uri(base["image"]), data_uri(tuned["image"]), delta, base[column], tuned[column])
+def shown(base: "pd.Series[Any]", tuned: "pd.Series[Any]", judges: Sequence[str]) -> Shown:
+    scores = ([float(one[judge]) for judge in judges] for one in (base, tuned))
+    return Shown(base["caption"], data_uri(base["image"]), data_uri(tuned["image"]), *scores)
 
 
 def data_uri(data: bytes) -> str:

@@ -23,7 +23,7 @@ from dspo.reporting.page import render_page
 from dspo.reporting.pictures import choose, grid
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
-from dspo.reporting.tables import main_first
+from dspo.reporting.tables import main_first, words
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
 
@@ -41,12 +41,15 @@ def main(argv: list[str]) -> None:
     studies = {name: read_json(path) for name, path in committed.items()}
     summary = summarise(results, reward, training, studies.get("ablation"))
     base, tuned = (pd.DataFrame(read_table(paths.evaluation / f"{x}.parquet").to_pydict()) for x in ("base", "tuned"))
+    rates = results["tuned_against_base"]["win_rates"]
     judge = "gold_overall" if "gold_overall" in base else "reward_overall"
+    judges = sorted(main_first(rates), key=lambda name: name != judge)
     figures = draw(paths, results, training, base, tuned)
     page = render_page(
         results=results,
         summary=summary,
-        pictures=choose(base, tuned, judge, results["tuned_against_base"]["win_rates"][judge]["tau"]),
+        pictures=choose(base, tuned, judges, rates[judge]["tau"]),
+        judges=[words(name) for name in judges],
         figures={name: plots.svg(figure, name) for name, figure in figures.items()},
         reward=reward,
         training=training,
