@@ -129,6 +129,39 @@ def import_pairs(
 
 
 @app.command()
+def export(
+    adapter: Annotated[Path, typer.Option(help="output folder of `dspo train`, or an adapter folder")],
+    format: Annotated[str, typer.Option(help="peft, diffusers, merged-unet, pipeline or kohya: docs/export.md")],
+    output: Annotated[Path, typer.Option(help="FILE.safetensors (diffusers, kohya) or a folder; must not exist yet")],
+    rank: Annotated[int | None, typer.Option(min=1, help="kohya's; default: twice the adapter's")] = None,
+    model_name: ModelName = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Write a tuned model for other programs, and say how close it comes once they have loaded it."""
+    base = load_params(params).active.base
+    from dspo.batch import adapter_folder, check_base  # costly
+    from dspo.environment import device
+    from dspo.export.run import export as write
+    from dspo.export.run import formats
+
+    if format not in formats():
+        raise UserError(f"--format {format}: expected one of {', '.join(formats())}")
+    if rank is not None and format != "kohya":
+        raise UserError(f"--rank {rank}: only --format kohya has a rank of its own")
+    folder = adapter_folder(adapter)
+    if model_name is None:
+        check_base(folder, base)
+    done = write(_with_model(base, model_name), folder, formats(rank)[format], output, device())
+    far = done.residual
+    weights, change = (
+        ("exact", "exact") if done.exact else (f"{far.weights:.2g}", f"{far.output:.2g} of {far.effect:.2g}")
+    )
+    row = "{:<40} {:>12} {:>16} {:>20}"
+    typer.echo(row.format("output", "size", "weights' error", "UNet output"))
+    typer.echo(row.format(str(output), f"{done.size / 1e6:.1f} MB", weights, change))
+
+
+@app.command()
 def sync() -> None:
     """Bring MLflow up to date with the files on disk; it may be run as often as one likes."""
     from dspo.tracking.sync import sync as send  # costly
