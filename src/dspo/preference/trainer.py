@@ -2,6 +2,9 @@
 
 Every draw is keyed by seed, epoch and pair, and a checkpoint holds all that the next step depends on: to go on after a
 kill, call :func:`train` again with the same arguments. Both ways end in the same bytes.
+
+Several processes share out the micro-batches of a step, which stay those of one process; only the order in which their
+gradients are summed differs. The first process writes.
 """
 
 import json
@@ -15,12 +18,13 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from dspo import distributed
 from dspo.data.keys import keyed_seed
 from dspo.errors import UserError
 from dspo.params import TrainParams
 from dspo.preference.checkpoint import Best, TrainingState, load_checkpoint, save_checkpoint
 from dspo.preference.dataset import Pairs, epoch_order, held_out_draws, training_draw, with_random_labels
-from dspo.preference.diagnostics import Row, joined, summary
+from dspo.preference.diagnostics import Columns, Row, joined, summary
 from dspo.preference.dora import Adapter, State
 from dspo.preference.losses import EVERYTHING
 from dspo.preference.method import Method
@@ -63,6 +67,13 @@ def train(
         raise UserError("train: every training pair's prompt has weight 0. Give a prompt a weight above 0.")
     if params.random_labels:
         pairs = with_random_labels(pairs, seed)
+    if distributed.first() and distributed.count() > params.gradient_accumulation_steps:
+        logger.warning(
+            "train: a step has %d micro-batches for %d processes, so that some of them do nothing; "
+            "raise train.gradient_accumulation_steps",
+            params.gradient_accumulation_steps,
+            distributed.count(),
+        )
     pairs_per_step = params.batch_size * params.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(pairs) / pairs_per_step)
     n_steps = steps_per_epoch * params.epochs
@@ -89,7 +100,7 @@ def train(
             adapter.train(True)
             loss = torch.zeros((), device=adapter.device)
             measured = []
-            for start in range(0, len(rows), params.batch_size):
+            for start in distributed.share(range(0, len(rows), params.batch_size)):
                 draws = [
                     training_draw(pairs, row, seed, epoch, schedule.n_timesteps, params.prompt_dropout)
                     for row in rows[start : start + params.batch_size]
@@ -103,6 +114,8 @@ def train(
                 loss += share.detach()
                 measured.append(columns)
             adapter.train(False)
+            distributed.add_up_gradients(parameters)
+            distributed.add_up([loss])
 
             norm = torch.nn.utils.clip_grad_norm_(parameters, params.max_grad_norm)
             if not torch.isfinite(norm + loss):
@@ -116,7 +129,7 @@ def train(
 
             row: Row = {"step": step + 1, "epoch": epoch + 1, "loss": loss.item(), "gradient_norm": norm.item()}
             row["lr"] = optimizer.param_groups[0]["lr"]
-            state.log.append(row | summary(joined(measured), schedule.n_timesteps))
+            state.log.append(row | summary(joined(merged(measured)), schedule.n_timesteps))
             append_row(folder / LOG, state.log[-1])
 
             epoch_ends = step_in_epoch == steps_per_epoch - 1
@@ -126,7 +139,8 @@ def train(
                 logger.info("train %s", told(state.epochs[-1]))
             if epoch_ends or state.step % params.checkpoint_every_steps == 0:
                 state.adapter, state.optimizer = adapter.state(), optimizer.state_dict()
-                save_checkpoint(folder / CHECKPOINT, state)
+                if distributed.first():
+                    save_checkpoint(folder / CHECKPOINT, state)
 
     assert state.best is not None
     adapter.load(state.best.adapter)
@@ -143,9 +157,10 @@ def make_optimizer(adapter: Adapter, params: TrainParams) -> torch.optim.AdamW:
 
 def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainParams, folder: Path) -> TrainingState:
     """The state of the checkpoint, loaded into adapter and optimizer; a fresh one where there is none."""
-    (folder / LOG).unlink(missing_ok=True)
+    if distributed.first():
+        (folder / LOG).unlink(missing_ok=True)
     initial = adapter.state()
-    if not (folder / CHECKPOINT).exists():
+    if not distributed.from_first((folder / CHECKPOINT).exists()):
         ema = None if params.ema_decay is None else initial
         return TrainingState(step=0, adapter=initial, optimizer=optimizer.state_dict(), ema=ema)
     state = load_checkpoint(folder / CHECKPOINT, initial, adapter.device)
@@ -179,11 +194,16 @@ def held_out_row(method: Method, pairs: Pairs, params: TrainParams, seed: int) -
     n_timesteps = method.schedule.n_timesteps
     draws = held_out_draws(pairs, seed, n_timesteps)
     parts = []
-    for start in range(0, len(draws), params.batch_size):
+    for start in distributed.share(range(0, len(draws), params.batch_size)):
         batch = method.batch(pairs, draws[start : start + params.batch_size])
         parts.append(method.losses(batch, EVERYTHING)[1])
-    columns = joined(parts)
+    columns = joined(merged(parts))
     return {"loss": columns["loss"].mean().item(), **summary(columns, n_timesteps)}
+
+
+def merged(parts: list[Columns]) -> list[Columns]:
+    """The columns of all processes' micro-batches, in their order, on the CPU."""
+    return distributed.merged([{name: column.cpu() for name, column in part.items()} for part in parts])
 
 
 def update_average(ema: State, adapter: Adapter, params: TrainParams, step: int) -> None:
@@ -203,6 +223,8 @@ def keep_best(state: TrainingState, adapter: Adapter) -> None:
 
 
 def append_row(path: Path, row: Row) -> None:
+    if not distributed.first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
