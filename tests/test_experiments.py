@@ -137,9 +137,8 @@ def test_two_experiments_are_compared_by_figures_curves_and_images(
     page = tmp_path / "page"
     drawn = json.loads(shell(finished, "dvc", "plots", "diff", first, second, "--json", "--out", page).stdout)["data"]
     (loss,) = next(data for name, data in drawn.items() if name.endswith("training loss"))
-    points = json.loads(loss["content"]["data"]["values"]) if isinstance(loss["content"], dict) else loss["content"]
     assert loss["revisions"] == [first, second]
-    assert first in str(points)
+    assert first in json.dumps(loss["content"])
     images = [item for item in drawn["reports/plots/grid.png"] if item["type"] == "image"]
     colours = {item["revisions"][0]: Image.open(item["url"]).getpixel((0, 0))[0] for item in images}
     assert colours == {first: 63, second: 127}
