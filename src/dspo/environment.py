@@ -36,7 +36,7 @@ def device() -> "torch.device":
 
 def launched() -> bool:
     """Whether this process is one of several that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:
@@ -45,8 +45,12 @@ def rank() -> int:
 
 
 def launcher() -> list[str]:
-    """The command to put before a stage's module, empty where there is none or it has done its work."""
-    return [] if "RANK" in os.environ else shlex.split(os.environ.get("DSPO_LAUNCH", ""))
+    """The command to put before a stage's module, empty where there is none or it has done its work.
+
+    It is given once: what it starts does not find it again.
+    """
+    command = shlex.split(os.environ.pop("DSPO_LAUNCH", ""))
+    return [] if "RANK" in os.environ else command
 
 
 def scratch_root() -> Path:
