@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,11 @@ from reward_tiny import make_clip, reward_params
 from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
 from typer.testing import CliRunner
 
+from dspo import quick_train
 from dspo.check import check_setup
 from dspo.cli import app
+from dspo.diffusion import candidates, sampling
+from dspo.dry_run import size
 from dspo.errors import UserError
 from dspo.params import load_params
 from dspo.preference import trainer
@@ -27,6 +32,7 @@ from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import save_reward
 from dspo.reward.model import build_model
 from dspo.reward.training import Trained, current_weights
+from dspo.stages import train as train_stage
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 PROMPTS = ["a red circle", "../../x", "<script>alert(1)</script>"]
@@ -94,7 +100,26 @@ def test_help_is_quick_and_names_the_commands():
     code = "import sys; from dspo.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
-    assert all(command in done.stdout for command in ("check", "train", "batch-generate", "sync"))
+    commands = ("check", "train", "import-pairs", "batch-generate", "export", "explain", "sync")
+    assert all(f" {command} " in done.stdout for command in commands)
+    assert all(text in done.stdout for text in ("Examples:", "dspo train --prompts prompts.csv --dry-run", "Look"))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands_and_options(shell):
+    """As the installed script asks: typer's own protocol, through the environment."""
+    words = {"bash": "dspo ba", "zsh": "dspo train --dry", "fish": "dspo train --ep"}[shell]
+    expected = {"bash": "batch-generate", "zsh": "--dry-run", "fish": "--epochs"}[shell]
+    asked = {
+        "_DSPO_COMPLETE": f"complete_{shell}",
+        "_TYPER_COMPLETE_ARGS": words,
+        "COMP_WORDS": words,
+        "COMP_CWORD": "1",
+    }
+    asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    program = Path(sys.executable).with_name("dspo")
+    done = subprocess.run([program], capture_output=True, text=True, env=os.environ | asked)
+    assert expected in done.stdout
 
 
 def test_one_image_per_prompt_and_seed_with_a_manifest(folder, models):
@@ -308,3 +333,94 @@ def test_train_needs_a_reward_model_and_two_prompts(plain_prompts, reward):
     (plain_prompts / "one.csv").write_text("prompt\na cat\n")
     with pytest.raises(UserError, match=r"one\.csv: at least 2 prompts are needed"):
         train(reward, "out", prompts="one.csv")
+
+
+def plan_of(text):
+    after = text.split("\n\n", 1)[1]
+    return {line[:12].strip(): line[13:] for line in after.splitlines() if line[:12].strip()}
+
+
+def first_numbers(text):
+    return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)]
+
+
+def test_the_plan_of_a_training_is_what_the_training_does(plain_prompts, reward, monkeypatch):
+    before = contents(plain_prompts)
+    done = train(reward, "out", "--dry-run", "--epochs", 1)
+    assert done.exit_code == 0 and contents(plain_prompts) == before
+    plan = plan_of(done.stdout)
+    resolved = yaml.safe_load(done.stdout.split("\n\n", 1)[0])
+    assert resolved["train"]["epochs"] == 1 and resolved["world"] == "shapes"
+
+    sampled = count_samples(monkeypatch)
+    assert train(reward, "out", "--epochs", 1).exit_code == 0
+    out = plain_prompts / "out"
+    table = {split: len(pq.read_table(out / f"preference_pairs/{split}.parquet")) for split in ("train", "validation")}
+    assert first_numbers(plan["images"])[0] == sum(sampled)
+    assert first_numbers(plan["pairs"]) == [table["train"], table["validation"]]
+    assert first_numbers(plan["steps"])[0] == json.loads((out / "logs" / "metrics.json").read_text())["steps"]
+    state = torch.load(out / "training_state.pt", weights_only=True)
+    assert first_numbers(plan["parameters"])[0] == sum(tensor.numel() for tensor in state["adapter"].values())
+    parts = dict(re.findall(r"(training state|adapter) ([\d.]+ kB)", plan["disk"]))
+    kept = [*state["adapter"].values(), *state["ema"].values(), *state["best"]["adapter"].values()]
+    kept += [tensor for of_one in state["optimizer"]["state"].values() for tensor in of_one.values() if tensor.ndim]
+    assert parts["training state"] == size(sum(tensor.nbytes for tensor in kept))
+
+
+def count_samples(monkeypatch):
+    """How many images each call of `sample` makes."""
+    made = []
+
+    def counted(*args):
+        made.append(len(args[1]))
+        return sampling.sample(*args)
+
+    for module in (quick_train, candidates, train_stage):
+        monkeypatch.setattr(module, "sample", counted)
+    return made
+
+
+def test_the_plan_of_a_generation_counts_what_is_missing(folder, models):
+    command = ("batch-generate", "--model", models / "adapter", "--prompts", "prompts.csv", "--output", "out")
+    plan = plan_of(call(*command, "--seeds", 2, "--dry-run").stdout)
+    assert plan["images"] == "6" and plan["UNet passes"].startswith("24 to sample them, 2 steps each")
+    assert not (folder / "out").exists()
+    call(*command, "--seeds", 2)
+    next((folder / "out" / "images").iterdir()).unlink()
+    plan = plan_of(call(*command, "--seeds", 2, "--dry-run").stdout)
+    assert (
+        plan["images"] == "2; 4 of 6 are there"
+    )  # the whole batch of two is made again, so that its bytes are the same
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(plain_prompts, reward):
+    (plain_prompts / "mine.yaml").write_text(
+        f"prompts: prompts.csv\nreward_model: {reward}\nnum-pairs: 6\nepochs: 5\nlr: 1e-4\ndry_run: true\n"
+    )
+    done = call("train", "--config", "mine.yaml", "--epochs", 3)
+    training = yaml.safe_load(done.stdout.split("\n\n", 1)[0])["train"]
+    assert (training["epochs"], training["lr"]) == (3, 1e-4)
+    assert plan_of(done.stdout)["prompts"].startswith("3,")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "none.yaml: no such file"),
+        ("epoch: 3", "epoch: no option of this command. It has: dry-run, epochs, "),
+        ("epochs: [3]", r"epochs: expected a text, a number, true or false, not \[3\]"),
+        ("- epochs", "expected lines of `option: value`"),
+        ("a: b: c", "not a YAML file"),
+    ],
+)
+def test_config_mistakes(plain_prompts, text, message):
+    if text is not None:
+        (plain_prompts / "none.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"--config none.yaml.*{message}"):
+        call("train", "--config", "none.yaml")
+
+
+def test_a_wrong_value_in_a_config_is_told_as_on_the_command_line(plain_prompts):
+    (plain_prompts / "mine.yaml").write_text("prompts: prompts.csv\nepochs: many\n")
+    done = call("train", "--config", "mine.yaml")
+    assert done.exit_code == 2 and "--epochs" in done.stderr and "many" in done.stderr

@@ -67,7 +67,8 @@ def by_hand(loss: LossName, x: dict[str, Tensor]) -> np.ndarray:
                 "capo": (u - (-0.1 + 0.7 * i / (B - 1))) ** 2,
                 "mapo": L_w - 0.1 * math.log(1 / (1 + math.exp(-SCALE * (f(L_w) - f(L_l))))),
                 "dspo": ((e_w - y_w - LAM * (1 - sigmoid) * (e_w - r_w)) ** 2).sum() / d,
-                "dspo_two_sided": (
+                "dspo_two_sided": weight
+                * (
                     ((e_w - y_w - LAM * min(1, 2 - 2 * sigmoid) * (e_w - r_w)) ** 2).sum()
                     + ((2 * r_l - e_l - y_l - LAM * min(1, 2 - 2 * sigmoid) * (r_l - e_l)) ** 2).sum()
                 )
@@ -120,7 +121,7 @@ def test_two_sided_dspo_settles_between_where_winners_and_losers_point() -> None
     e = r.clone().requires_grad_()
     u = torch.zeros(B, dtype=torch.float64)  # k is lam
     for _ in range(400):
-        (step,) = grad(losses.dspo_two_sided(e, e, r, r, y_w, y_l, u, LAM).sum(), e)
+        (step,) = grad(losses.dspo_two_sided(e, e, r, r, y_w, y_l, u, LAM, torch.ones_like(u)).sum(), e)
         e = (e - math.prod(SHAPE) * 0.3 * step).detach().requires_grad_()
     torch.testing.assert_close(e.detach(), r + (y_w - y_l) / (2 * (1 - LAM)))
 

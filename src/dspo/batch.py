@@ -47,9 +47,7 @@ def generate(
         "batch_size": batch_size,
     }
     _claim(output, settings)
-    requests = [SampleRequest(prompt, index, index) for prompt in prompts for index in range(seeds_per_prompt)]
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-    missing = [batch for batch in batches if not all((output / _name(request)).exists() for request in batch)]
+    missing = missing_batches(prompts, seeds_per_prompt, batch_size, output)
     if missing:
         pipe = load_pipeline(base, device())
         pipe.unet = load_adapter(pipe.unet, adapter)
@@ -57,9 +55,22 @@ def generate(
             for result in sample(pipe, batch, sampler, base.resolution, seed, batch_size):
                 with whole_file(output / _name(result.request)) as partial:
                     partial.write_bytes(encode_png(result.image))
-    rows = [_manifest_row(request, sampler, base.resolution) for request in requests]
+    rows = [_manifest_row(one, sampler, base.resolution) for one in _requests(prompts, seeds_per_prompt)]
     with whole_file(output / MANIFEST) as partial:
         partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def missing_batches(
+    prompts: Sequence[Prompt], seeds_per_prompt: int, batch_size: int, output: Path
+) -> list[list[SampleRequest]]:
+    """The batches of which ``output`` lacks an image."""
+    requests = _requests(prompts, seeds_per_prompt)
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    return [batch for batch in batches if not all((output / _name(request)).exists() for request in batch)]
+
+
+def _requests(prompts: Sequence[Prompt], seeds_per_prompt: int) -> list[SampleRequest]:
+    return [SampleRequest(prompt, index, index) for prompt in prompts for index in range(seeds_per_prompt)]
 
 
 def adapter_folder(model: Path) -> Path:

@@ -1,30 +1,46 @@
 """``dspo …``: the pipeline's library functions without DVC."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dspo.data.prompts import read_prompts
 from dspo.errors import UserError
+from dspo.options import read_config
 from dspo.params import BaseModelParams, load_params
 from dspo.stages.runner import run
 
-app = typer.Typer(
-    help="Preference tuning of SDXL. The whole pipeline is `dvc repro`; these commands are its parts, without DVC.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+HELP = """Preference tuning of SDXL. The whole pipeline is `dvc repro`; these commands are its parts, without DVC.
+
+Examples:
+
+    dspo check
+    dspo train --prompts prompts.csv --dry-run
+    dspo train --prompts prompts.csv --output outputs/mine
+    dspo batch-generate --model outputs/mine --prompts prompts.csv --output images
+    dspo compare models/adapter outputs/mine --prompts prompts.csv --output compared
+    dspo explain "a red star" picture.png
+
+Every command explains itself: dspo train --help. Your shell completes them after dspo --install-completion.
+"""
+BEGIN, TRAIN, USE, LOOK, KEEP = "Begin", "Train", "Use what was trained", "Look closely", "Keep records"
+
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="parameters; every default comes from its active world")]
 ModelName = Annotated[
     str | None, typer.Option(help="base model: a folder, a .safetensors file, or HUB_ID@COMMIT; default: the world's")
 ]
 RewardFolder = Annotated[Path, typer.Option("--reward-model", help="folder that train_reward wrote")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and what it takes; do nothing")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=read_config, help="YAML file of these options: `num-pairs: 200`"),
+]
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN, epilog="Example: dspo check --prompts prompts.csv")
 def check(
     params: ParamsFile = Path("params.yaml"),
     prompts: Annotated[Path, typer.Option(help="prompt list")] = Path("data/prompts.csv"),
@@ -42,7 +58,7 @@ def check(
     raise typer.Exit(int(missing))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN, epilog="Example: dspo train --prompts prompts.csv --num-pairs 400 --output mine")
 def train(
     prompts: Annotated[Path, typer.Option(help="CSV with the columns prompt and, if wanted, weight")],
     output: Annotated[Path, typer.Option(help="folder for adapter, training state, pairs and logs")] = Path(
@@ -54,6 +70,8 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="default: the world's")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the world's")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(min=1, help="default: the world's")] = None,
+    config: Config = None,
+    dry_run: DryRun = False,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Make images of the prompts, score and pair them, and train a DoRA adapter on the pairs."""
@@ -64,26 +82,39 @@ def train(
     world = settings.active
     training = world.train.model_copy(update={name: value for name, value in given.items() if value is not None})
     world = world.model_copy(update={"base": _with_model(world.base, model_name), "train": training})
+    from dspo.data.prompts import read_prompts
+
     read_prompts(prompts, world.prompts.max_characters)
+    changed = settings.model_copy(update={"worlds": {settings.world: world}})
+    if dry_run:
+        from dspo.dry_run import plan_training  # costly
+
+        typer.echo(plan_training(changed, prompts, reward_model, num_pairs))
+        return
     from dspo.quick_train import quick_train  # costly; mistakes above are told at once
 
-    changed = settings.model_copy(update={"worlds": {settings.world: world}})
     change = quick_train(changed, prompts, reward_model, num_pairs, output)
     typer.echo(f"adapter: {output / 'dora_weights'}")
     typer.echo(f"mean reward of {change.images} held-out images: {change.reward_base:.4f} -> {change.reward_tuned:.4f}")
     typer.echo("The reward model is no proof that the images are better: `dvc repro` asks judges that it never saw.")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=USE,
+    epilog="Example: dspo batch-generate --model mine --prompts prompts.csv --output images",
+)
 def batch_generate(
     model: Annotated[Path, typer.Option(help="output folder of `dspo train`, or an adapter folder")],
     prompts: Annotated[Path, typer.Option(help="CSV with the column prompt")],
     output: Annotated[Path, typer.Option(help="folder for images and manifest; run again to go on")],
     seeds: Annotated[int, typer.Option(min=1, help="images per prompt")] = 1,
     model_name: ModelName = None,
+    dry_run: DryRun = False,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Make one image per prompt and seed with a tuned model."""
+    from dspo.data.prompts import read_prompts
+
     settings = load_params(params)
     world = settings.active
     wanted = read_prompts(prompts, world.prompts.max_characters)
@@ -93,11 +124,16 @@ def batch_generate(
     adapter = adapter_folder(model)
     if model_name is None:
         check_base(adapter, base)
+    if dry_run:
+        from dspo.dry_run import plan_generation
+
+        typer.echo(plan_generation(settings, base, adapter, wanted, seeds, output))
+        return
     sampler, batch_size = world.evaluate.sampler, world.evaluate.batch_size
     generate(base, adapter, wanted, seeds, sampler, settings.seed, batch_size, output)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN, epilog="Example: dspo import-pairs --input pairs.csv")
 def import_pairs(
     source: Annotated[
         Path, typer.Option("--input", help="winners/ and losers/, a CSV of image paths, or Pick-a-Pic's shards")
@@ -128,7 +164,7 @@ def import_pairs(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=USE, epilog="Example: dspo export --adapter mine --format kohya --output mine.safetensors")
 def export(
     adapter: Annotated[Path, typer.Option(help="output folder of `dspo train`, or an adapter folder")],
     format: Annotated[str, typer.Option(help="peft, diffusers, merged-unet, pipeline or kohya: docs/export.md")],
@@ -161,7 +197,24 @@ def export(
     typer.echo(row.format(str(output), f"{done.size / 1e6:.1f} MB", weights, change))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK, epilog="Example: dspo explain 'a red star' picture.png")
+def explain(
+    prompt: Annotated[str, typer.Argument(help="the text that the image was made of")],
+    image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP file")],
+    output: Annotated[Path, typer.Option(help="picture to write (PNG)")] = Path("explanation.png"),
+    reward_model: RewardFolder = Path("models/reward"),
+) -> None:
+    """Score one image by the reward model's heads, and draw where its fusion looked."""
+    from dspo.explain import explain as draw  # costly
+
+    said = draw(prompt, image, reward_model, output)
+    for head, score in said.scores.items():
+        found = "untrained" if head in said.untrained else f"{score:8.3f}"
+        typer.echo(f"{head:<11} {found:>9}   {said.on_image[head]:4.0%} of its attention on the image")
+    typer.echo(f"where they looked: {output}")
+
+
+@app.command(rich_help_panel=KEEP, epilog="Example: dspo sync")
 def sync() -> None:
     """Bring MLflow up to date with the files on disk; it may be run as often as one likes."""
     from dspo.tracking.sync import sync as send  # costly
@@ -182,7 +235,13 @@ def _with_model(base: BaseModelParams, name: str | None) -> BaseModelParams:
 
 
 def main() -> None:
-    run(lambda argv: app(args=argv))
+    run(_main)
+
+
+def _main(argv: list[str]) -> None:
+    logging.getLogger().setLevel(logging.WARNING)  # open_clip tells every step of loading a model
+    logging.getLogger("dspo").setLevel(logging.INFO)
+    app(args=argv)
 
 
 if __name__ == "__main__":

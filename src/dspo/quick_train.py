@@ -46,12 +46,7 @@ def quick_train(params: Params, prompts_file: Path, reward: Path, num_pairs: int
     ``log.csv``, ``epochs.csv``, ``metrics.json``, ``before_after.json`` and ``base_and_tuned.png``. The same command
     again, after an interruption, goes on where it stopped. Raises :class:`UserError` for bad input.
     """
-    prompts = read_prompts(prompts_file, params.active.prompts.max_characters)
-    if len(prompts) < 2:
-        raise UserError(f"{prompts_file}: at least 2 prompts are needed: one is held out to choose the best epoch by.")
-    enough = max(2, math.ceil(num_pairs / params.active.score.max_pairs_per_prompt))
-    prompts = sorted(prompts, key=lambda p: p.id)[:enough]
-    world = with_pairs_per_prompt(params.active, num_pairs // len(prompts))
+    prompts, world = resolved(params.active, prompts_file, num_pairs)
     settings = {"seed": params.seed, "prompts": len(prompts), "world": world.model_dump(mode="json")}
     scratch = open_scratch("quick_train", settings, [prompts_file, reward, *local_files(world.base)])
     work = scratch.path
@@ -86,6 +81,19 @@ def quick_train(params: Params, prompts_file: Path, reward: Path, num_pairs: int
         }
     )
     return change
+
+
+def resolved(world: World, prompts_file: Path, num_pairs: int) -> tuple[list[Prompt], World]:
+    """The prompts that ``num_pairs`` pairs are made of, and the world with what they need.
+
+    Raises :class:`UserError` for a bad prompt list, or one prompt alone.
+    """
+    prompts = read_prompts(prompts_file, world.prompts.max_characters)
+    if len(prompts) < 2:
+        raise UserError(f"{prompts_file}: at least 2 prompts are needed: one is held out to choose the best epoch by.")
+    enough = max(2, math.ceil(num_pairs / world.score.max_pairs_per_prompt))
+    prompts = sorted(prompts, key=lambda p: p.id)[:enough]
+    return prompts, with_pairs_per_prompt(world, num_pairs // len(prompts))
 
 
 def with_pairs_per_prompt(world: World, pairs: int) -> World:

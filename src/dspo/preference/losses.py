@@ -68,6 +68,7 @@ class Terms:
     R_w: Tensor | None
     R_l: Tensor | None
     u: Tensor | None
+    omega: Tensor  # omega(t) of each pair's timestep
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def pair_losses(loss: LossName, p: Predictions, terms: Terms, delta: Tensor, str
             return dspo(p.e_w, p.r_w, p.y_w, terms.u, strength.lam, strength.permute_k)
         case "dspo_two_sided":
             assert p.e_l is not None and p.r_l is not None and p.y_l is not None
-            return dspo_two_sided(p.e_w, p.e_l, p.r_w, p.r_l, p.y_w, p.y_l, terms.u, strength.lam)
+            return dspo_two_sided(p.e_w, p.e_l, p.r_w, p.r_l, p.y_w, p.y_l, terms.u, strength.lam, terms.omega)
         case "dspo_official_sd15":
             return dspo_official_sd15(p.e_w, p.r_w, p.y_w, terms.u, strength.beta)
         case "dspo_official_sdxl":
@@ -118,8 +119,8 @@ def shared_terms(p: Predictions, beta: float, omega: Tensor) -> Terms:
     R_w = None if p.r_w is None else error(p.r_w, p.y_w)
     R_l = None if p.r_l is None or p.y_l is None else error(p.r_l, p.y_l)
     if L_l is None or R_w is None or R_l is None:
-        return Terms(L_w, L_l, R_w, R_l, u=None)
-    return Terms(L_w, L_l, R_w, R_l, margin(L_w, L_l, R_w, R_l, beta, omega))
+        return Terms(L_w, L_l, R_w, R_l, u=None, omega=omega)
+    return Terms(L_w, L_l, R_w, R_l, margin(L_w, L_l, R_w, R_l, beta, omega), omega)
 
 
 def error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -151,9 +152,9 @@ def dspo(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, lam: float, permute_k
 
 
 def dspo_two_sided(
-    e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, u: Tensor, lam: float
+    e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, u: Tensor, lam: float, omega: Tensor
 ) -> Tensor:
-    """DSPO with a gradient from the loser, ours: half of
+    """DSPO with a gradient from the loser, ours: omega(t) / 2 times
 
         || e_w - sg(y_w + k (e_w - r_w)) ||^2 / D + || e'_l - sg(y_l + k (e'_l - r_l)) ||^2 / D
         e' = 2r - e,  k = lam min(1, 2 (1 - sigmoid(u)))
@@ -162,13 +163,14 @@ def dspo_two_sided(
     from them. Both terms are quadratic, so there is a fixed point, as DPO has none: where x_t may be a winner's or a
     loser's alike it is e = r + (E_w[y] - E_l[y]) / 2(1 - k). What winners and losers have in common cancels, and lam
     says how far beyond their difference the policy goes, the less where it already prefers the winner. With constant k
-    it is DiffusionNFT's loss (Zheng et al., 2025) on fixed pairs.
+    it is DiffusionNFT's loss (Zheng et al., 2025) on fixed pairs. omega [B] as in u: errors in the noise are largest
+    where little noise is left, and without it those steps would rule, which decide texture and not what is where.
     """
     k = (2 * pull(u, lam)).clamp(max=lam)
     mirrored = 2 * r_l - e_l
     winner = error(e_w, (y_w + _per_pair(k) * (e_w - r_w)).detach())
     loser = error(mirrored, (y_l + _per_pair(k) * (mirrored - r_l)).detach())
-    return (winner + loser) / 2
+    return omega * (winner + loser) / 2
 
 
 def dspo_official_sd15(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, beta: float) -> Tensor:
