@@ -406,7 +406,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(plain_prompts, rewar
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "none.yaml: no such file"),
+        (None, "no such file"),
         ("epoch: 3", "epoch: no option of this command. It has: dry-run, epochs, "),
         ("epochs: [3]", r"epochs: expected a text, a number, true or false, not \[3\]"),
         ("- epochs", "expected lines of `option: value`"),
@@ -423,4 +423,4 @@ def test_config_mistakes(plain_prompts, text, message):
 def test_a_wrong_value_in_a_config_is_told_as_on_the_command_line(plain_prompts):
     (plain_prompts / "mine.yaml").write_text("prompts: prompts.csv\nepochs: many\n")
     done = call("train", "--config", "mine.yaml")
-    assert done.exit_code == 2 and "--epochs" in done.stderr and "many" in done.stderr
+    assert done.exit_code == 2 and "--epochs" in done.stderr and "valid integer" in done.stderr
