@@ -9,8 +9,8 @@ from dspo.params import LossName, Params, TrainParams
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials
 
 GOLD, PROXY = "gold_overall", "reward_overall"
-LEARNING_RATES = (0.3, 1.0)  # times the world's, for losses that have a strength of their own
-LEARNING_RATES_ALONE = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+LEARNING_RATES = (1.0, 3.0)  # times the world's, for losses that have a strength of their own
+LEARNING_RATES_ALONE = (0.2, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 BETAS = (100.0, 300.0, 1000.0, 3000.0)
 LAMS = (0.3, 0.5, 0.7, 0.9)
 
