@@ -90,3 +90,11 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self("Page.captureScreenshot")["data"]))
+
+
+def clean(browser: Browser) -> bool:
+    """Nothing failed in the page, and it asked for nothing but itself."""
+    wrong = [event for event in browser.events if event.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    sent = [event for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
+    addresses = {event["params"]["request"]["url"].split(":")[0] for event in sent}
+    return not wrong and addresses <= {"file", "data"}

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from chromium import Browser, clean
 from peft import PeftModel
 from PIL import Image
 from reward_tiny import make_clip, reward_params
@@ -100,7 +101,7 @@ def test_help_is_quick_and_names_the_commands():
     code = "import sys; from dspo.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
-    commands = ("check", "train", "import-pairs", "batch-generate", "export", "explain", "sync")
+    commands = ("check", "train", "import-pairs", "batch-generate", "export", "compare", "explain", "sync")
     assert all(f" {command} " in done.stdout for command in commands)
     assert all(text in done.stdout for text in ("Examples:", "dspo train --prompts prompts.csv --dry-run", "Look"))
 
@@ -424,3 +425,62 @@ def test_a_wrong_value_in_a_config_is_told_as_on_the_command_line(plain_prompts)
     (plain_prompts / "mine.yaml").write_text("prompts: prompts.csv\nepochs: many\n")
     done = call("train", "--config", "mine.yaml")
     assert done.exit_code == 2 and "--epochs" in done.stderr and "valid integer" in done.stderr
+
+
+def compare(reward, a, b, output, *more):
+    return call("compare", a, b, "--prompts", "prompts.csv", "--output", output, "--reward-model", reward, *more)
+
+
+@pytest.fixture
+def judged_by_reward_alone(folder):
+    raw = yaml.safe_load((folder / "params.yaml").read_text())
+    raw["worlds"]["shapes"]["evaluate"]["judges"] = []
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    return folder
+
+
+def pairs_on(page):
+    """(scores of A, scores of B) of every image pair on a page."""
+    found = re.findall(r'data-first="([^"]*)" data-second="([^"]*)"', page.read_text())
+    return [tuple([float(score) for score in side.split()] for side in pair) for pair in found]
+
+
+def test_an_adapter_against_itself_is_the_same_images(judged_by_reward_alone, models, reward):
+    done = compare(reward, models / "adapter", models / "adapter", "same", "--seeds", 2)
+    assert done.exit_code == 0, done.output
+    assert "Nothing can be said: its own training reward, the only judge of this world decided no image pair" in (
+        done.stdout.replace("\n", " ")
+    )
+    pairs = pairs_on(judged_by_reward_alone / "same" / "index.html")
+    assert len(pairs) == 2 * len(PROMPTS) and all(a == b for a, b in pairs)
+
+
+def test_two_adapters_on_one_page(judged_by_reward_alone, models, reward, tmp_path):
+    """A against B and B against A are the same figures from the other side; prompts are text; nothing is fetched."""
+    write_adapter(tmp_path / "untrained", str(models / "base"), value=0.0)
+    assert compare(reward, models / "adapter", tmp_path / "untrained", "ab").exit_code == 0
+    assert compare(reward, tmp_path / "untrained", models / "adapter", "ba").exit_code == 0
+    ab, ba = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("ab", "ba"))
+    one, other = (r["tuned_against_base"]["win_rates"]["reward_overall"] for r in (ab, ba))
+    assert one["n_decided"] == other["n_decided"] > 0 and one["win_rate"] == pytest.approx(1 - other["win_rate"])
+    pages = [tmp_path / name / "index.html" for name in ("ab", "ba")]
+    assert sorted(pairs_on(pages[0])) == sorted((b, a) for a, b in pairs_on(pages[1]))
+    assert PROMPTS[2] not in pages[0].read_text()
+
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(pages[0], width=390)
+        assert browser.js("document.title") == "A against B"
+        assert browser.js("document.querySelectorAll('.pair input[type=range]').length") == len(pairs_on(pages[0]))
+        assert browser.js("document.documentElement.scrollWidth") <= 390
+        captions = browser.js("[...document.querySelectorAll('.prompt')].map(p => p.textContent)")
+        assert set(captions) == set(PROMPTS)
+        assert clean(browser)
+    finally:
+        browser.close()
+
+
+def test_prompts_that_the_worlds_judges_cannot_read(folder, models, reward):
+    with pytest.raises(UserError, match=r"is not of the shapes grammar.*evaluate\.judges in params\.yaml"):
+        compare(reward, models / "adapter", models / "adapter", "out")
+    assert not (folder / "out").exists()

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from chromium import Browser
+from chromium import Browser, clean
 from PIL import Image
 
 from dspo.data.files import write_json
@@ -362,14 +362,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
-
-
-def clean(browser: Browser) -> bool:
-    """Nothing failed in the page, and it asked for nothing but itself."""
-    wrong = [event for event in browser.events if event.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
-    sent = [event for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
-    addresses = {event["params"]["request"]["url"].split(":")[0] for event in sent}
-    return not wrong and addresses <= {"file", "data"}
 
 
 @pytest.mark.parametrize("script", [True, False])

@@ -197,6 +197,42 @@ def export(
     typer.echo(row.format(str(output), f"{done.size / 1e6:.1f} MB", weights, change))
 
 
+@app.command(rich_help_panel=LOOK, epilog="Example: dspo compare mine yours --prompts prompts.csv --output compared")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="output folder of `dspo train`, or an adapter folder")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="the other one")],
+    prompts: Annotated[Path, typer.Option(help="CSV with the column prompt")],
+    output: Annotated[Path, typer.Option(help="folder for index.html and results.json")],
+    seeds: Annotated[int | None, typer.Option(min=1, help="images per prompt; default: the world's")] = None,
+    reward_model: RewardFolder = Path("models/reward"),
+    second_judge: Annotated[Path, typer.Option(help="read where the world has this judge")] = Path(
+        "models/shapes-judge"
+    ),
+    model_name: ModelName = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Make images of two adapters from the same noise, judge them, and show them on one page."""
+    from dspo.data.prompts import read_prompts
+
+    settings = load_params(params)
+    world = settings.active
+    wanted = read_prompts(prompts, world.prompts.max_characters)
+    from dspo.batch import adapter_folder, check_base  # costly; mistakes above are told at once
+
+    adapters = adapter_folder(first), adapter_folder(second)
+    if model_name is None:
+        for adapter in adapters:
+            check_base(adapter, world.base)
+    world = world.model_copy(update={"base": _with_model(world.base, model_name)})
+    changed = settings.model_copy(update={"worlds": {settings.world: world}})
+    from dspo.compare import JudgeFolders, compare_adapters
+
+    each = seeds or world.evaluate.seeds_per_prompt
+    said = compare_adapters(changed, adapters, wanted, each, JudgeFolders(reward_model, second_judge), output)
+    typer.echo(f"A is {first}, B is {second}. {said}")
+    typer.echo(f"the page: {output / 'index.html'}")
+
+
 @app.command(rich_help_panel=LOOK, epilog="Example: dspo explain 'a red star' picture.png")
 def explain(
     prompt: Annotated[str, typer.Argument(help="the text that the image was made of")],

@@ -19,19 +19,13 @@ Json = Mapping[str, Any]
 def verdict(results: Json) -> str:
     """Effect size, judge, n and the best-of-n figure. "Improved" only where the interval says so."""
     rows = results["tuned_against_base"]["win_rates"]
-    judge = "gold_overall" if "gold_overall" in rows else "reward_overall"
+    judge = main_judge(rows)
     row, state = rows[judge], results["verdict"]
     published = [column for column in tables.PUBLISHED if column in rows]
-    name = "the gold judge" if judge == "gold_overall" else "its own training reward"
-    if judge != "gold_overall" and not published:
-        name += ", the only judge of this world"
+    name = judge_name(rows)
     if row["win_rate"] is None:
         return f"Nothing can be said: {name} decided no image pair."
-    figures = (
-        f"{row['win_rate']:.1%} of {row['n_decided']} decided images "
-        f"(95 % interval {row['low']:.1%} to {row['high']:.1%}; "
-        f"{row['tie_share']:.0%} of {row['n_images']} images of {row['n_prompts']} prompts are ties)"
-    )
+    figures = decided(row)
     if state["over_optimised"]:
         said = f"Over-optimised: the reward went up and {name} down; tuned beats base on only {figures}."
     elif state["improved"][judge]:
@@ -41,6 +35,42 @@ def verdict(results: Json) -> str:
     else:
         said = f"Not separable from the base by {name}: tuned beats base on {figures}."
     return said + _published(published, state) + _best_of_n(results["best_of_n"], judge)
+
+
+def compared(results: Json, names: tables.Names) -> str:
+    """The verdict on two adapters, of which none is the base."""
+    rows, state, (first, second) = results["tuned_against_base"]["win_rates"], results["verdict"], names
+    judge, name = main_judge(rows), judge_name(rows)
+    if rows[judge]["win_rate"] is None:
+        return f"Nothing can be said: {name} decided no image pair."
+    figures = f"{second} beats {first} on {decided(rows[judge])}."
+    if state["improved"][judge]:
+        said = f"{second} is better by {name}: {figures}"
+    elif state["worse"][judge]:
+        said = f"{first} is better by {name}: {figures}"
+    else:
+        said = f"Not separable by {name}: {figures}"
+    return said + _published([column for column in tables.PUBLISHED if column in rows], state)
+
+
+def main_judge(rows: Json) -> str:
+    """The column that a verdict is read from."""
+    return "gold_overall" if "gold_overall" in rows else "reward_overall"
+
+
+def judge_name(rows: Json) -> str:
+    if "gold_overall" in rows:
+        return "the gold judge"
+    alone = not any(column in rows for column in tables.PUBLISHED)
+    return "its own training reward" + (", the only judge of this world" if alone else "")
+
+
+def decided(row: Json) -> str:
+    return (
+        f"{row['win_rate']:.1%} of {row['n_decided']} decided images "
+        f"(95 % interval {row['low']:.1%} to {row['high']:.1%}; "
+        f"{row['tie_share']:.0%} of {row['n_images']} images of {row['n_prompts']} prompts are ties)"
+    )
 
 
 def _published(judges: Sequence[str], state: Json) -> str:
@@ -93,6 +123,34 @@ def render_page(
         params=params,
         hashes=hashes,
         studies=studies,
+    )
+
+
+def render_comparison(
+    *,
+    results: Json,
+    names: tables.Names,
+    pictures: Mapping[str, Sequence[Shown]],
+    judges: Sequence[str],
+    figures: Mapping[str, str],
+    params: str,
+    inputs: Mapping[str, str],
+) -> str:
+    """The page of two adapters, of the same pieces. ``inputs``: what the names stand for -> its digest."""
+    rates = results["tuned_against_base"]["win_rates"]
+    return render(
+        "compare.html.j2",
+        title=f"{names[0]} against {names[1]}",
+        verdict=compared(results, names),
+        judge=main_judge(rates),
+        judge_name=judge_name(rates),
+        results=results,
+        names=names,
+        pictures=pictures,
+        judges=judges,
+        figures={name: Markup(text) for name, text in figures.items()},  # noqa: S704
+        params=params,
+        inputs=inputs,
     )
 
 

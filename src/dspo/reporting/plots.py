@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dspo.reporting.tables import BASE_AND_TUNED, Names
+
 matplotlib.rcParams["svg.hashsalt"] = "dspo"
 matplotlib.rcParams["svg.fonttype"] = "none"
 
@@ -87,8 +89,8 @@ def plain(axis: Axes, title: str, x: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def judges_plot(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Decided win rate of tuned over base by every judge, with its 95 % interval."""
+def judges_plot(rows: Mapping[str, Mapping[str, Any]], names: Names = BASE_AND_TUNED) -> Figure:
+    """Decided win rate of the second side over the first by every judge, with its 95 % interval."""
     shown = [(name, row) for name, row in rows.items() if row["win_rate"] is not None][::-1]
     figure = new_figure(7.0, 0.32 * len(shown) + 0.9)
     axis = figure.subplots()
@@ -99,20 +101,24 @@ def judges_plot(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
     axis.axvline(0.5, color=THIRD_COLOUR, linewidth=1, linestyle="--")
     axis.set_yticks(range(len(shown)), [name.replace("_", " ") for name, _ in shown])
     axis.set_xlim(0, 1)
-    plain(axis, "Win rate of tuned over base; grey: the reward that was trained on", "share of decided images")
+    plain(
+        axis, f"Win rate of {names[1]} over {names[0]}; grey: the reward that was trained on", "share of decided images"
+    )
     return figure
 
 
-def score_distributions(base: pd.DataFrame, tuned: pd.DataFrame, columns: Sequence[str]) -> Figure:
-    """Histograms of each score, base beside tuned, in common bins."""
+def score_distributions(
+    base: pd.DataFrame, tuned: pd.DataFrame, columns: Sequence[str], names: Names = BASE_AND_TUNED
+) -> Figure:
+    """Histograms of each score, both sides in common bins."""
     across = 4
     rows = -(-len(columns) // across)
     figure = new_figure(9.6, 1.75 * rows)
     axes = figure.subplots(rows, across, squeeze=False)
     for axis, column in zip(axes.flat, columns, strict=False):
         bins = np.histogram_bin_edges(np.concatenate([base[column], tuned[column]]), bins=24)
-        axis.hist(base[column], bins=bins, color=BASE_COLOUR, alpha=0.55, label="base")
-        axis.hist(tuned[column], bins=bins, color=TUNED_COLOUR, histtype="step", linewidth=1.5, label="tuned")
+        axis.hist(base[column], bins=bins, color=BASE_COLOUR, alpha=0.55, label=names[0])
+        axis.hist(tuned[column], bins=bins, color=TUNED_COLOUR, histtype="step", linewidth=1.5, label=names[1])
         plain(axis, column.replace("_", " "), "")
         axis.set_yticks([])
     for axis in list(axes.flat)[len(columns) :]:

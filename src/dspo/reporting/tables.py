@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = Mapping[str, Any]
+Names = tuple[str, str]  # of the two sides whose figures stand under "base" and "tuned"
+BASE_AND_TUNED: Names = ("base", "tuned")
 NONE = "–"
 PUBLISHED = {
     "pickscore": "PickScore",
@@ -71,8 +73,8 @@ def win_rates(rows: Json) -> Table:
     return Table("Win rates by judge", columns, lines)
 
 
-def changes(title: str, rows: Json) -> Table:
-    """Means of base and tuned, and their paired difference."""
+def changes(title: str, rows: Json, names: Names = BASE_AND_TUNED) -> Table:
+    """Means of both sides, and their paired difference."""
     lines = [
         [
             words(name),
@@ -82,18 +84,19 @@ def changes(title: str, rows: Json) -> Table:
         ]
         for name, row in main_first(rows).items()
     ]
-    return Table(title, ("", "base", "tuned", "difference", "95 % interval"), lines)
+    return Table(title, ("", *names, "difference", "95 % interval"), lines)
 
 
-def fully_right(row: Json) -> Table:
-    names = {
-        "base": "base",
-        "tuned": "tuned",
+def fully_right(row: Json, names: Names = BASE_AND_TUNED) -> Table:
+    first, second = names
+    texts = {
+        "base": first,
+        "tuned": second,
         "difference": "difference",
-        "fixed": "fixed: wrong in base, right in tuned",
-        "broken": "broken: right in base, wrong in tuned",
+        "fixed": f"fixed: wrong in {first}, right in {second}",
+        "broken": f"broken: right in {first}, wrong in {second}",
     }
-    lines = [[text, *estimate(row[name]), str(row[name]["n"])] for name, text in names.items()]
+    lines = [[text, *estimate(row[name]), str(row[name]["n"])] for name, text in texts.items()]
     return Table("Fully right images", ("fully right", "share", "95 % interval", "of images"), lines)
 
 
@@ -119,14 +122,14 @@ def comparisons(results: Json) -> Table:
     return Table("Comparisons", columns, lines)
 
 
-def diversity(groups: Json) -> Table:
-    """Spread within a prompt, tuned / base, among the images of each group that the world can name."""
+def diversity(groups: Json, names: Names = BASE_AND_TUNED) -> Table:
+    """Spread within a prompt, second side / first, among the images of each group that the world can name."""
     lines = [
         [f"{words(group)}: {words(name)}", *estimate(row), str(row["n_prompts"])]
         for group, rows in groups.items()
         for name, row in (rows or {}).items()
     ]
-    return Table("Diversity", ("spread", "tuned / base", "95 % interval", "prompts"), lines)
+    return Table("Diversity", ("spread", f"{names[1]} / {names[0]}", "95 % interval", "prompts"), lines)
 
 
 def training(metrics: Json) -> Table:

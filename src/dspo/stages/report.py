@@ -19,7 +19,7 @@ from dspo.data.files import read_json, write_json
 from dspo.data.images import read_table
 from dspo.params import Params, load_params
 from dspo.reporting import plots
-from dspo.reporting.page import render_page
+from dspo.reporting.page import main_judge, render_page
 from dspo.reporting.pictures import choose, grid
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     summary = summarise(results, reward, training, studies.get("ablation"))
     base, tuned = (pd.DataFrame(read_table(paths.evaluation / f"{x}.parquet").to_pydict()) for x in ("base", "tuned"))
     rates = results["tuned_against_base"]["win_rates"]
-    judge = "gold_overall" if "gold_overall" in base else "reward_overall"
+    judge = main_judge(rates)
     judges = sorted(main_first(rates), key=lambda name: name != judge)
     figures = draw(paths, results, training, base, tuned)
     page = render_page(
