@@ -106,7 +106,7 @@ FILES: Json = {
         "rows": {"full model": PART | {"difference_to_full": 0.0, "difference_low": 0.0, "difference_high": 0.0}},
     },
     "losses": {
-        "settings": {"trials": 8, "seeds": 5, "prompts": 200, "images_per_prompt": 2},
+        "settings": {"trials": 8, "seeds": 5, "epochs": 8, "prompts": 200, "images_per_prompt": 2},
         "arms": {
             "dspo": {
                 "ran_away": 0,

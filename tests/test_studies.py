@@ -140,7 +140,7 @@ def test_the_table_compares_and_corrects(params: Params) -> None:
         ("against_base", "gold", "proxy", "fully_right", "drift", "training_seconds")
     ) | {"ran_away": 1}
     assert flat(figures["arms"]["dpo"])["win_rate_over_base"] == 0
-    settings = {"trials": 8, "seeds": 2, "prompts": 4, "images_per_prompt": 2}
+    settings = {"trials": 8, "seeds": 2, "epochs": 8, "prompts": 4, "images_per_prompt": 2}
     text = markdown(figures | {"settings": settings})
     assert "| dspo | 1.00 [1.00, 1.00] | 1.00" in text and "| ipo |" in text and "ran away |" in text
 

@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
             "validation_prompts": len(validation.prompts),
             "full": FULL,
             "reduced": (args.trials, args.seeds, args.prompts_judged, args.images) != tuple(FULL.values()),
+            "epochs": world.train.epochs,
             "tie_band": world.evaluate.tie_band,
             "adapter": "of the last epoch",
             "choice": f"largest mean {GOLD} on validation prompts",

@@ -99,7 +99,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     cells = {(row["first"], row["second"]): row for row in report["head_to_head"]}
     settings = report["settings"]
     lines = [
-        f"{settings['trials']} trials and {settings['seeds']} seeds per row, {settings['prompts']} fresh prompts x "
+        f"{settings['trials']} trials and {settings['seeds']} seeds of {settings['epochs']} epochs per row, "
+        f"{settings['prompts']} fresh prompts x "
         f"{settings['images_per_prompt']} images; win rates by the gold judge over decided images, 95 % intervals over "
         "seeds and prompts; * separable after Holm's correction.",
         "",
