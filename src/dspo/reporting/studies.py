@@ -29,8 +29,9 @@ def _losses(study: Json) -> Table:
     within = "; ".join(f"{row['first']} over {row['second']}: {rate(row)}" for row in _within(study["head_to_head"]))
     note = (
         f"{settings['trials']} trials on validation prompts and {settings['seeds']} seeds for each row, "
-        f"{settings['epochs']} epochs each; {settings['prompts']} fresh prompts with {settings['images_per_prompt']} images. Win rates by the gold judge "
-        f"over decided images, 95 % intervals over seeds and prompts; * separable after Holm's correction. {within}"
+        f"{settings['epochs']} epochs each; {settings['prompts']} fresh prompts with {settings['images_per_prompt']} "
+        "images. Win rates by the gold judge over decided images, 95 % intervals over seeds and prompts; * separable "
+        f"after Holm's correction. {within}"
     )
     columns = ("loss", "over base", "over sft", "over dpo", "fully right", "drift", "seconds")
     return Table("Losses beside each other", columns, rows, note)
