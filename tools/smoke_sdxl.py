@@ -14,6 +14,7 @@ import os
 import platform
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ def main() -> None:
     if work.exists():
         sys.exit(f"error: {work} is there already; remove it or give another --work")
     transcript = Transcript(args.transcript)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended from outside"))  # so that the folder is removed
     try:
         smoke(work, args.params, args.size, transcript)
     finally:
