@@ -157,7 +157,7 @@ class Peak(TorchDispatchMode):
         before = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _key(tensor) not in before | self._alive.keys():
+            if isinstance(tensor, Tensor) and (key := _key(tensor)) not in before and key not in self._alive:
                 self._see(tensor)
         return result
 
