@@ -59,6 +59,7 @@ ablation: setup ## what each part of the reward model is worth
 losses: setup ## the preference losses beside each other, tuned on validation, fresh seeds
 	python -m dspo.studies.losses --params params.yaml --prompts data/prompts.csv --validation-prompts data/prompts/validation.csv \
 	  --candidates data/candidates --pairs data/pairs --reward models/reward --second-judge models/shapes-judge --output reports/studies $(STUDY)
+	cp reports/studies/losses.json reports/losses.json
 
 overopt: setup ## where the proxy goes on rising and the gold judge does not
 	python -m dspo.studies.overopt --params params.yaml --prompts data/prompts.csv --rated data/raw/shapes-rated.parquet \
