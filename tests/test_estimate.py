@@ -16,8 +16,8 @@ from dspo.preference.schedule import NoiseSchedule
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "dspo", "sft"])
-def test_memory_on_the_meta_device_is_that_of_the_pass_itself(loss: str) -> None:
+@pytest.mark.parametrize(("loss", "checkpointing"), [("dpo", False), ("dpo", True), ("dspo", True), ("sft", False)])
+def test_memory_on_the_meta_device_is_that_of_the_pass_itself(loss: str, checkpointing: bool) -> None:
     """The same count over the same micro-batch with real tensors on the CPU."""
     params = load_params(ROOT / "params.yaml").active.train
     params = params.model_copy(update={"loss": loss, "batch_size": 3, "rank": 4})
@@ -25,13 +25,15 @@ def test_memory_on_the_meta_device_is_that_of_the_pass_itself(loss: str) -> None
     for device in (torch.device("cpu"), estimate.META):
         adapter = add_dora(tiny_unet().to(device), params, seed=0)
         method = Method(adapter, NoiseSchedule(torch.full((1000,), 0.5, device=device), "epsilon"), params, False)
+        if checkpointing:
+            adapter.unet.enable_gradient_checkpointing()
         config = adapter.unet.config
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         shapes = type("Shapes", (), {"text_shape": (7, config.cross_attention_dim, pooled), "unet": adapter.unet})()
         batch = estimate._batch(shapes, params.batch_size, 8)
         batch = type(batch)(**{k: torch.zeros_like(v, device=device) for k, v in vars(batch).items()})
         adapter.train(True)
-        with estimate.Fused(), estimate.Peak() as peak:
+        with estimate.fused_attention(), estimate.Peak() as peak:
             losses, _ = method.losses(batch, method.needs)
             losses.sum().backward()
         counted.append(peak.bytes)

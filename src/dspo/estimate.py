@@ -3,14 +3,14 @@ and no contents. Counts are exact; memory is what the tensors take, without what
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -86,7 +86,7 @@ def training_peak(adapter: Adapter, base: Base, params: TrainParams, resolution:
         adapter.unet.enable_gradient_checkpointing()
     batch = _batch(base, params.batch_size, resolution // 8)
     adapter.train(True)
-    with Fused(), Peak() as peak:
+    with fused_attention(), Peak() as peak:
         losses, _ = method.losses(batch, method.needs)
         torch.autograd.backward(losses.sum())
     return int(peak.bytes)
@@ -98,7 +98,7 @@ def sampling_peak(base: Base, resolution: int, images: int) -> int:
     batch = _batch(base, 2 * images, side)
     decoded = 1 if resolution >= LARGE else images  # as load_pipeline slices
     latents = torch.zeros(decoded, 4, side, side, dtype=base.vae.dtype, device=META)
-    with torch.no_grad(), Fused(), Peak() as peak:
+    with torch.no_grad(), fused_attention(), Peak() as peak:
         _unet(base.unet, batch)
         base.vae.decode(latents, return_dict=False)
     return int(peak.bytes)
@@ -176,14 +176,16 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class Fused(TorchFunctionMode):
+@contextmanager
+def fused_attention() -> Iterator[None]:
     """Attention by the fused kernel, as CPU and CUDA compute it; the meta device would take the one that writes out all
-    weights."""
-
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return _fused(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    weights. Replaced in place, so that a pass recomputed in the backward pass takes it too."""
+    plain = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = _fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
