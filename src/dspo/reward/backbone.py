@@ -36,7 +36,7 @@ class ImageTokens:
     embedding: Tensor  # [batch, embed_dim], projected class token, not normalised
 
     def __getitem__(self, rows: Tensor) -> "ImageTokens":
-        return ImageTokens(self.patches[rows], self.embedding[rows])
+        return ImageTokens(self.patches.index_select(0, rows), self.embedding.index_select(0, rows))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TextTokens:
     embedding: Tensor  # [batch, embed_dim], projected end-of-text token, not normalised
 
     def __getitem__(self, rows: Tensor) -> "TextTokens":
-        return TextTokens(self.tokens[rows], self.last[rows], self.embedding[rows])
+        return TextTokens(*(part.index_select(0, rows) for part in (self.tokens, self.last, self.embedding)))
 
 
 class Backbone(nn.Module):

@@ -185,7 +185,8 @@ def batch_loss(
     n = len(rows)
     distinct, place = distinct_views(stems.pairs, rows)
     with autocast(stems.device, stems.dtype):
-        z, cosine = (part[place.to(stems.device)] for part in view_features(model, stems, distinct))
+        at = place.to(stems.device)
+        z, cosine = (part.index_select(0, at) for part in view_features(model, stems, distinct))
         if mix is not None:
             lam, partner = mix[0], torch.from_numpy(mix[1]).to(labels.device)
             both = torch.cat([partner, partner + n])

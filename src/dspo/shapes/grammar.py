@@ -146,6 +146,16 @@ def wrong_request(request: Request, rng: np.random.Generator) -> Request:
     return changed(request, str(rng.choice(asked_attributes(request))), rng)
 
 
+def confused_request(request: Request, rng: np.random.Generator) -> Request:
+    """The request with its two objects' colours or places exchanged; with one object, an attribute changed."""
+    if not request.relation:
+        return wrong_request(request, rng)
+    first, second = request.objects
+    if rng.random() < 0.5:
+        return replace(request, objects=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
+    return replace(request, objects=(second, first))
+
+
 def random_request(rng: np.random.Generator) -> Request:
     """Draw a request: three in four ask for one object; at least one attribute is free."""
     two = rng.random() < 0.25

@@ -14,6 +14,8 @@ from dspo.shapes.render import SIDE, Scene, coverage
 PATCH = 8  # pixels
 PATCHES = SIDE // PATCH
 _CLASSES = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS))
+_ORIENTATIONS = 8
+TEXTURES = 6 + _ORIENTATIONS
 
 
 def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -55,3 +57,18 @@ def patch_damage(picture: np.ndarray, clean: np.ndarray) -> np.ndarray:
     """How far each patch is from the clean picture, float32 [64]: mean absolute difference, times 10."""
     difference = np.abs(picture - clean).mean(axis=-1).reshape(PATCHES, PATCH, PATCHES, PATCH)
     return np.asarray(10 * difference.mean(axis=(1, 3)).reshape(-1), dtype=np.float32)
+
+
+def patch_texture(pixels: Tensor) -> Tensor:
+    """Colours and edges of each patch, [B, 3, 64, 64] in [0, 1] -> [B, 64, TEXTURES], of order 1.
+
+    Mean and 4 x standard deviation of each channel, and a histogram of oriented gradients, which Wei et al. (2022,
+    arXiv 2112.09133) found to be the best of simple targets to learn vision from.
+    """
+    patches = F.unfold(pixels, PATCH, stride=PATCH).unflatten(1, (3, PATCH**2))  # [B, 3, PATCH ** 2, 64]
+    grey = F.pad(pixels.mean(dim=1), (1, 1, 1, 1), mode="replicate")
+    x, y = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+    orientation = (torch.atan2(y, x) / torch.pi % 1 * _ORIENTATIONS).long().clamp(max=_ORIENTATIONS - 1)
+    edges = F.one_hot(orientation, _ORIENTATIONS).movedim(-1, 1) * torch.hypot(x, y)[:, None]
+    histogram = F.avg_pool2d(edges, PATCH).flatten(2).sqrt()  # the root lets weak edges count
+    return torch.cat([patches.mean(dim=2), 4 * patches.std(dim=2), 4 * histogram], dim=1).transpose(1, 2)

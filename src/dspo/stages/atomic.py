@@ -107,6 +107,8 @@ def _put(source: Path, final: Path) -> None:
     else:
         _link(source, incoming)
     for path in (*incoming.rglob("*"), incoming):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
         sync(path)
     if final.exists():  # a folder cannot be renamed over a full one
         os.rename(final, outgoing)
