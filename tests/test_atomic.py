@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_publish_puts_everything_in_place_and_leaves_no_scratch(folder):
     assert stage(folder) == [0, 1, 2]
     assert tree(folder / "out") == WHOLE
     assert tree(folder / "scratch") == {}
+
+
+def test_outputs_can_be_read_by_everybody(folder):
+    """Whoever pulls an adapter from shared storage is not who wrote it."""
+    scratch = open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+    private = scratch.path / "private.txt"
+    private.touch(mode=0o600)
+    scratch.publish({"private.txt": folder / "out.txt"})
+    assert stat.S_IMODE((folder / "out.txt").stat().st_mode) == 0o644
 
 
 @pytest.mark.parametrize("existing", [False, True])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,10 +22,11 @@ from dspo.shapes.grammar import (
     asked_attributes,
     asked_value,
     changed,
+    confused_request,
     parse,
     random_request,
 )
-from dspo.shapes.probes import patch_contents
+from dspo.shapes.probes import PATCH, patch_contents, patch_texture
 from dspo.shapes.render import PALETTE, SIDE, Object, Scene, coverage, random_scene, render, render_float
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
 from dspo.shapes.web import CLEAN, FAULTS, web_picture
@@ -159,6 +161,27 @@ def test_a_changed_request_differs_in_the_named_attribute_alone() -> None:
         for name in asked_attributes(request):
             wrong = changed(request, name, rng)
             assert [a for a in ATTRIBUTES if asked_value(wrong, a) != asked_value(request, a)] == [name]
+
+
+def test_a_confused_request_puts_the_same_words_elsewhere() -> None:
+    request = parse("a small striped red circle left of a blue star on a green background")
+    confused = {confused_request(request, np.random.default_rng(seed)).prompt() for seed in range(20)}
+    assert confused == {
+        "a small striped blue circle left of a red star on a green background",
+        "a blue star left of a small striped red circle on a green background",
+    }
+
+
+def test_patch_texture_tells_colour_and_direction_of_edges() -> None:
+    picture = torch.full((1, 3, SIDE, SIDE), 0.5)
+    picture[:, 0] = 0.25
+    flat = patch_texture(picture)
+    assert torch.allclose(flat[..., :3], torch.tensor([0.25, 0.5, 0.5]))
+    assert torch.allclose(flat[..., 3:], torch.zeros(()), atol=1e-3)
+    picture[..., PATCH // 2 :] += 0.25  # one upright edge, in the first column of patches
+    edges = patch_texture(picture)[0, :, 6:].unflatten(0, (SIDE // PATCH, SIDE // PATCH))
+    upright, others = edges[:, 0, 0], edges[:, 0, 1:]
+    assert (upright > 0.5).all() and not others.any() and not edges[:, 1:].any()
 
 
 def test_pictures_of_the_web_carry_the_faults_that_their_words_name() -> None:
