@@ -1,5 +1,6 @@
 """What can be checked of the container without building it. `make image` builds it."""
 
+import json
 import os
 import re
 import subprocess
@@ -238,6 +239,36 @@ def test_compose_and_the_lock_have_the_same_mlflow() -> None:
     locked = re.search(r"^mlflow==(\S+)", (ROOT / "requirements.runtime.lock").read_text(), re.MULTILINE)
     assert locked
     assert f":v{locked[1]}-full" in SERVICES["mlflow"]["image"]
+
+
+def test_the_one_off_runs_as_the_caller_on_a_read_only_root() -> None:
+    pipeline = SERVICES["pipeline"]
+    assert pipeline["user"] == "${DSPO_USER:-1000:1000}"
+    assert pipeline["read_only"]
+    assert pipeline["tmpfs"] == ["/tmp"]
+    assert [volume.split(":")[1] for volume in pipeline["volumes"]] == ["/workspace", "/cache"]
+    written = re.findall(r"\b(?:HOME|\w+_HOME|\w+_DIR)=(\S+)", DOCKERFILE)
+    assert len(written) == 6
+    assert all(Path(place).is_relative_to("/cache") for place in written)
+
+
+def test_what_the_dev_container_names_is_there() -> None:
+    folder = ROOT / ".devcontainer"
+    config = json.loads((folder / "devcontainer.json").read_text(encoding="utf-8"))
+    build = config["build"]
+    assert (folder / build["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert (folder / build["context"]).resolve() == ROOT
+    assert f" AS {build['target']}\n" in DOCKERFILE
+    assert f"useradd --uid 1000 --create-home {config['remoteUser']}" in DOCKERFILE
+    assert f"WORKDIR {config['workspaceFolder']}\n" in DOCKERFILE
+    mounted = [re.search(r"target=([^,]+)", mount) for mount in (config["workspaceMount"], *config["mounts"])]
+    assert [found[1] for found in mounted if found] == ["/workspace", "/workspace/.venv", "/cache"]
+    for folders in ("/workspace /cache", "/workspace/.venv"):
+        assert f"chmod 1777 {folders}" in DOCKERFILE  # so that a volume there belongs to whoever comes
+    make, target = config["postCreateCommand"].split()
+    assert make == "make"
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert config["hostRequirements"] == {"gpu": "optional"}
 
 
 def test_the_gpu_is_an_override() -> None:
