@@ -39,7 +39,7 @@ runs = {run.data.tags.get("dvc.stage", "whole"): run for run in client.search_ru
 print(json.dumps({
     "stages": sorted(runs),
     "uri": runs["report"].info.artifact_uri,
-    "gold": runs["whole"].data.metrics["summary.gold.win_rate"],
+    "images": runs["whole"].data.metrics["summary.evaluation.gold.n_images"],
     "report": [file.path for file in client.list_artifacts(runs["report"].info.run_id)],
     "page": client.download_artifacts(runs["report"].info.run_id, "index.html"),
     "adapter": version.tags["dvc.adapter_md5"],
@@ -113,7 +113,7 @@ class Network:
     def _environment(self, environment: Mapping[str, str]) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}:{POSTGRES}:{os.defpath}"
         given = {"PATH": path, "HOME": str(self.folder), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-        return given | {"PGHOST": str(self.folder)} | dict(environment)
+        return given | dict(environment)
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
@@ -142,11 +142,9 @@ class Network:
 
     def stop(self) -> None:
         for process in reversed(self.started):
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(60)
 
 
 def start_postgres(network: Network) -> None:
@@ -159,7 +157,7 @@ def start_postgres(network: Network) -> None:
     if AS_ROOT:
         shutil.chown(data, "postgres", "postgres")
     access = ["--auth-local=trust", "--auth-host=scram-sha-256", f"--username={user}", f"--pwfile={password}"]
-    made = network.run([*as_owner, "initdb", f"--pgdata={data}", "--no-sync", *access], {})
+    made = network.run([*as_owner, "initdb", f"--pgdata={data}", "--encoding=UTF8", "--no-sync", *access], {})
     assert made.returncode == 0, made.stdout
     network.start("postgres", [*as_owner, "postgres", "-D", str(data), "-k", str(data), "-h", "*"], {})
     network.until("postgres", ["env", f"PGHOST={data}", "pg_isready", "-U", user])
@@ -225,7 +223,7 @@ def test_the_one_off_sends_its_run_to_the_database_and_the_storage(
     stages = yaml.safe_load((workspace / "dvc.lock").read_text())["stages"]
     assert there["stages"] == sorted([*stages, "whole"])
     summary = json.loads((workspace / "reports/summary.json").read_text())
-    assert there["gold"] == pytest.approx(summary["gold"]["win_rate"])
+    assert there["images"] == summary["evaluation"]["gold"]["n_images"]
     assert "index.html" in there["report"]
     assert Path(there["page"]).read_bytes() == (workspace / "reports/index.html").read_bytes()
     adapter = next(out["md5"] for out in stages["train"]["outs"] if out["path"] == "models/adapter")
