@@ -59,6 +59,7 @@ def promote(uri: str, world: str, version: int | None = None) -> Change:
             # The alias first: without its line in the list, the version counts as one that a person moved it to.
             client.set_registered_model_alias(name, CHAMPION, str(chosen))
             client.set_registered_model_tag(name, HISTORY, json.dumps([*history, chosen]))
+        client.update_registered_model(name, describe(world, versions[chosen]))
     except REFUSALS as error:
         raise UserError(f"{uri}: MLflow did not promote. {reason(error)}") from error
     return Change(name, chosen, holder)
@@ -72,7 +73,8 @@ def rollback(uri: str, world: str) -> Change:
     name = model_name(world)
     try:
         client = _client(uri)
-        history, holder = _history(client, name, _versions(client, name))
+        versions = _versions(client, name)
+        history, holder = _history(client, name, versions)
         if holder is None:
             raise UserError(f"{name}: no version is {CHAMPION} in {uri}. `dspo promote` names one.")
         *before, _ = history
@@ -81,6 +83,7 @@ def rollback(uri: str, world: str) -> Change:
         # The list first: without the alias, the version that should go counts as one that a person moved it to.
         client.set_registered_model_tag(name, HISTORY, json.dumps(before))
         client.set_registered_model_alias(name, CHAMPION, str(before[-1]))
+        client.update_registered_model(name, describe(world, versions[before[-1]]))
     except REFUSALS as error:
         raise UserError(f"{uri}: MLflow did not roll back. {reason(error)}") from error
     return Change(name, before[-1], holder)
@@ -105,6 +108,16 @@ def why_not(tags: Mapping[str, str]) -> str | None:
             f"{low:.3f}, which is not above {LEAST_LOW}."
         )
     return None
+
+
+def describe(world: str, champion: ModelVersion | None = None) -> str:
+    """What the registered model's page says (Markdown)."""
+    head = f"""DoRA adapters for SDXL's UNet, tuned by preference in the world `{world}`; one version per adapter.
+`dspo promote` makes a version `{CHAMPION}` if the lower end of its gold win rate's interval is above one half;
+`dspo rollback` takes that back."""
+    if champion is None:
+        return f"{head}\n\nNo version is `{CHAMPION}` yet."
+    return f"{head}\n\n# {CHAMPION.capitalize()}: version {champion.version}\n\n{champion.description or ''}"
 
 
 def _client(uri: str) -> MlflowClient:
