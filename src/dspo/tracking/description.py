@@ -66,7 +66,7 @@ def _figures(record: RunRecord) -> str:
     ]
     if f"{RIGHT}.difference.value" in metrics:
         base, tuned = (number(metrics[f"{RIGHT}.{name}.value"]) for name in ("base", "tuned"))
-        rows.append((f"fully right images, {base} to {tuned}: rise", *_estimate(metrics, f"{RIGHT}.difference")))
+        rows.append((f"fully right images ({base} to {tuned}), rise", *_estimate(metrics, f"{RIGHT}.difference")))
     if not rows:
         return "No judge gave figures."
     decided = metrics.get(f"{WIN_RATES}.gold_overall.n_decided")
@@ -95,17 +95,18 @@ def _hashes(record: RunRecord) -> str:
 
 
 def _load(record: RunRecord) -> str:
-    where = "" if record.base_revision else "  # the base is a folder: start at the repository's root"
+    start = "any folder" if record.base_revision else "the repository's root, which holds the base"
     sampler = record.sampler
     size = f"height={sampler.resolution}, width={sampler.resolution}"
-    return f"""**Load it**
+    return f"""**Load it** from {start}; `/VERSION` in the place of `@{CHAMPION}` names a version:
 
 ```python
-import mlflow{where}
+import mlflow
 
-adapter = mlflow.diffusers.load_model("models:/{model_name(record.world)}@{CHAMPION}")  # or /VERSION for @{CHAMPION}
+adapter = mlflow.diffusers.load_model("models:/{model_name(record.world)}@{CHAMPION}")
 pipe = adapter.load_pipeline()
-pipe(PROMPT, num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance_scale:g}, {size}).images[0]
+settings = dict(num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance_scale:g}, {size})
+pipe("PROMPT", **settings).images[0].save("image.png")
 ```"""
 
 
