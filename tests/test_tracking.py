@@ -1,7 +1,6 @@
 """MLflow follows the files: whole, once and only once, and at no cost to the run when it is away."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -317,42 +316,65 @@ def test_what_a_silent_server_did_not_get_is_sent_later(root: Path, uri: str, si
     assert sorted(run.data.params["train.lr"] for run in parents(uri)) == ["0.1", "0.3"]
 
 
-def killed(*_: object, **__: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+class Killed(BaseException):
+    """No code of the project or of MLflow catches it."""
 
 
 @pytest.mark.parametrize(
-    ("place", "method"),
+    ("place", "method", "after", "missing"),
     [
-        (MlflowSink, "_log_batches"),  # a run without anything
-        (MlflowClient, "log_artifacts"),  # some stages
-        (MlflowClient, "create_model_version"),  # the model's files, which nothing points to
-        (MlflowClient, "set_terminated"),
-        (MlflowClient, "delete_run"),  # in the clearing away, of which there is none here
-        (shutil, "rmtree"),  # all is there
+        (MlflowSink, "_log_batches", False, 1),  # a run without anything
+        (MlflowClient, "log_artifacts", True, 1),  # the first stage is there
+        (MlflowClient, "create_model_version", False, 1),  # the model's files are there, and nothing points to them
+        (MlflowClient, "create_model_version", True, 1),  # all is there but the mark
+        (MlflowSink, "_finish", True, 0),  # all is there, and the copy waits still
     ],
-)  # fmt: skip
-def test_a_sync_that_is_killed_and_repeated_leaves_one_of_each(
-    root: Path, uri: str, monkeypatch: pytest.MonkeyPatch, place: object, method: str
+)
+def test_a_sync_that_died_and_is_repeated_leaves_one_of_each(
+    root: Path, uri: str, monkeypatch: pytest.MonkeyPatch, place: type, method: str, after: bool, missing: int
 ) -> None:
-    process = os.fork()
-    if process == 0:
-        monkeypatch.setattr(place, method, killed)
-        sync(uri, root)
-        os._exit(0)
-    status = os.waitpid(process, 0)[1]
-    assert os.WIFSIGNALED(status) == (method != "delete_run")
-    again = sync(uri, root)
-    assert len(again) == (0 if method in ("rmtree", "delete_run") else 1)
+    """``after``: it died right after the call of ``method``, else right before."""
+    real = getattr(place, method)
+
+    def die(*arguments: object, **named: object) -> None:
+        if after:
+            real(*arguments, **named)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, method, die)
+        with pytest.raises(Killed):
+            sync(uri, root)
+    assert len(sync(uri, root)) == missing
+    one_of_each(uri, root)
+
+
+def test_a_sync_that_was_killed_and_is_repeated_leaves_one_of_each(root: Path, uri: str) -> None:
+    """As a process, by a signal, in the middle of a transfer."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from mlflow import MlflowClient
+from dspo.tracking.sync import sync
+MlflowClient.create_model_version = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+sync({uri!r}, Path({str(root)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(sync(uri, root)) == 1
+    one_of_each(uri, root)
+
+
+def one_of_each(uri: str, root: Path) -> None:
+    """One run with its stages, one model, one version; nothing waits, and nothing more is sent."""
     assert sync(uri, root) == []
     (parent,) = parents(uri)
     assert len(runs(uri)) == 4
     assert {run.info.status for run in runs(uri)} == {"FINISHED"}
     client = MlflowClient(uri)
     (version,) = client.search_model_versions("name = 'dspo-adapter-shapes'")
-    assert version.run_id == parent.info.run_id
     (model,) = client.search_logged_models([parent.info.experiment_id])
-    assert model.source_run_id == parent.info.run_id
+    assert version.run_id == model.source_run_id == parent.info.run_id
     assert list((root / "scratch/unsent").iterdir()) == []
 
 

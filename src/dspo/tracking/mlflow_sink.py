@@ -58,8 +58,7 @@ class MlflowSink:
             for run in begun:
                 self._delete(experiment, run)
             registered = self._send(experiment, record, folder)
-        self._client.set_terminated(registered)
-        self._client.set_tag(registered, COMPLETE, "true")
+        self._finish(registered)
 
     def _send(self, experiment: str, record: RunRecord, folder: Path) -> str:
         tags = {**record.tags, KEY: record.key, CONTENT: record.content, "world": record.world}
@@ -77,6 +76,10 @@ class MlflowSink:
         self._client.set_experiment_tag(experiment, NOTE, describe_experiment(record, parent))
         register(self._client, experiment, parent, record, folder / "adapter")
         return parent
+
+    def _finish(self, run: str) -> None:
+        self._client.set_terminated(run)
+        self._client.set_tag(run, COMPLETE, "true")
 
     def _send_stage(self, experiment: str, parent: str, key: str, stage: StageRecord, artifacts: Path) -> None:
         tags = {"mlflow.parentRunId": parent, "dvc.stage": stage.name, KEY: key, **stage.tags}
