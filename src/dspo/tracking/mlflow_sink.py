@@ -54,7 +54,7 @@ class MlflowSink:
         experiment = self._experiment()
         begun = {run.info.run_id for run in self._runs(experiment, {KEY: record.key})}
         registered = run_of_version(self._client, record)
-        if registered not in begun:
+        if registered is None or registered not in begun:
             for run in begun:
                 self._delete(experiment, run)
             registered = self._send(experiment, record, folder)
