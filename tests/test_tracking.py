@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,11 +14,15 @@ import mlflow.diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from tiny import RESOLUTION, TEXT_WIDTH, save_tiny_pipeline, tiny_pipeline
 
 from dspo.errors import UserError
+from dspo.tracking.champion import promote
+from dspo.tracking.mlflow_sink import MlflowSink
 from dspo.tracking.record import curves, numbers, read_lock
 from dspo.tracking.registry import as_diffusers
 from dspo.tracking.sync import sync
@@ -34,47 +39,51 @@ if sys.argv[1] == "train":
     shutil.copytree("prepared", "models/adapter", dirs_exist_ok=True)
     write("models/training/log.csv", f"step,loss,note\\n1,{params['train']['lr']},a\\n2,0.5,b\\n")
 elif sys.argv[1] == "evaluate":
-    improved = params["evaluate"]["improved"]
-    write("data/evaluation/results.json", {"verdict": {"improved": {"gold_overall": improved, "second": True}}})
+    low = params["evaluate"]["low"]
+    gold = {"win_rate": low + 0.1, "low": low, "high": low + 0.2, "n_decided": 300, "n_prompts": 100}
+    write("data/evaluation/results.json", {"tuned_against_base": {"win_rates": {"gold_overall": gold, "second": gold}}})
 else:
-    write("reports/summary.json", {"gold": {"win_rate": 0.8, "n": 3, "none": None}})
+    write("reports/summary.json", {"gold": {"win_rate": 0.8, "ci95": [0.7, 0.9], "n": 3, "none": None}})
+    pathlib.Path("reports/plots").mkdir(exist_ok=True)
+    shutil.copy("grid.png", "reports/plots")
     write("reports/index.html", "<p>figures</p>")
 """
 PIPELINE = """
 stages:
   train:
     cmd: python stages.py train
-    params: [world, "worlds.${world}.base", "worlds.${world}.train"]
-    deps: [prepared]
+    params: [world, seed, "worlds.${world}.base", "worlds.${world}.train", "worlds.${world}.evaluate.sampler"]
+    deps: [prepared, data/pairs]
     outs: [models/adapter, models/training]
   evaluate:
     cmd: python stages.py evaluate
     params: [world, "worlds.${world}.evaluate"]
-    deps: [models/adapter]
+    deps: [models/adapter, data/prompts.csv]
     outs: [data/evaluation]
   report:
     cmd: python stages.py report
     deps: [data/evaluation, models/training]
-    outs: [reports/index.html: {cache: false}]
+    outs: [reports/index.html: {cache: false}, reports/plots: {cache: false}]
     metrics: [reports/summary.json: {cache: false}]
 artifacts:
   adapter: {path: models/adapter, type: model}
 """
 
 
-def shell(folder: Path, *command: str) -> None:
+def shell(folder: Path, *command: str) -> str:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     identity = {f"GIT_{who}_{what}": "tests@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env={"PATH": path, **identity})
+    environment = {"PATH": path, **identity}
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, env=environment).stdout
 
 
-def set_params(folder: Path, base: Path, lr: float, improved: bool) -> None:
+def set_params(folder: Path, base: Path, lr: float, low: float) -> None:
     world = {
-        "base": {"model": str(base), "revision": None},
-        "train": {"lr": lr, "targets": ["to_k", "to_q"]},
-        "evaluate": {"improved": improved},
+        "base": {"model": str(base), "revision": None, "resolution": RESOLUTION},
+        "train": {"lr": lr, "targets": ["to_k", "to_q"], "rank": 4, "loss": "dspo", "epochs": 2},
+        "evaluate": {"low": low, "sampler": {"steps": 2, "guidance_scale": 1.5}},
     }
-    (folder / "params.yaml").write_text(json.dumps({"world": "shapes", "worlds": {"shapes": world}}))
+    (folder / "params.yaml").write_text(json.dumps({"world": "shapes", "seed": 0, "worlds": {"shapes": world}}))
 
 
 def dora_adapter(folder: Path) -> Path:
@@ -98,10 +107,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = folder / "root"
     root.mkdir()
     dora_adapter(root / "prepared")
-    set_params(root, base, lr=0.1, improved=True)
+    set_params(root, base, lr=0.1, low=0.6)
+    (root / "data/pairs").mkdir(parents=True)
+    (root / "data/pairs/pairs.csv").write_text("winner,loser\n")
+    (root / "data/prompts.csv").write_text("prompt\na red circle\n")
+    Image.new("RGB", (8, 8), "red").save(root / "grid.png")
     (root / "stages.py").write_text(STAGES)
     (root / "dvc.yaml").write_text(PIPELINE)
-    (root / ".gitignore").write_text("/models/\n/data/\n/scratch/\n/mlflow.db*\n/mlartifacts/\n")
+    (root / ".gitignore").write_text("/models/\n/data/evaluation\n/scratch/\n/mlflow.db*\n/mlartifacts/\n")
     shell(root, "git", "init", "--quiet")
     shell(root, "dvc", "init", "--quiet")
     shell(root, "dvc", "repro", "--quiet")
@@ -147,7 +160,8 @@ def test_a_run_is_mirrored_whole_and_only_once(root: Path, uri: str) -> None:
 
     assert parent.data.params["train.lr"] == "0.1"
     assert parent.data.params["train.targets"] == '["to_k", "to_q"]'
-    assert parent.data.metrics == {"summary.gold.win_rate": 0.8, "summary.gold.n": 3.0}
+    gold = {"win_rate": 0.8, "ci95.low": 0.7, "ci95.high": 0.9, "n": 3.0}
+    assert parent.data.metrics == {f"summary.gold.{name}": value for name, value in gold.items()}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
     tags = parent.data.tags
     assert tags["git.commit"] == head.strip()
@@ -160,14 +174,63 @@ def test_a_run_is_mirrored_whole_and_only_once(root: Path, uri: str) -> None:
     curve = client.get_metric_history(train.info.run_id, "log.loss")
     assert [(point.step, point.value) for point in curve] == [(1, 0.1), (2, 0.5)]
     assert [item.path for item in client.list_artifacts(train.info.run_id)] == ["adapter_config.json", "log.csv"]
-    assert {item.path for item in client.list_artifacts(stages["report"].info.run_id)} == {"index.html", "summary.json"}
+    artifacts = {item.path for item in client.list_artifacts(stages["report"].info.run_id)}
+    assert artifacts == {"index.html", "summary.json", "grid.png"}
     assert list((root / "scratch/unsent").iterdir()) == []
+
+
+def test_datasets_are_inputs_with_the_digest_that_dvc_gave_them(root: Path, uri: str) -> None:
+    sync(uri, root)
+    lock = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+    md5 = {dep["path"]: dep["md5"] for stage in lock.values() for dep in stage["deps"]}
+    by_stage = {run.data.tags.get("dvc.stage", "all"): run for run in runs(uri)}
+    found = {
+        stage: {one.dataset.name: (one.dataset.digest, one.tags[0].value) for one in run.inputs.dataset_inputs}
+        for stage, run in by_stage.items()
+    }
+    assert md5["data/pairs"].endswith(".dir")
+    expected = {"data/pairs": "train", "data/prompts.csv": "evaluate", "data/evaluation": "report"}
+    assert found["all"] == {path: (md5[path], stage) for path, stage in expected.items()}
+    assert found["train"] == {"data/pairs": (md5["data/pairs"], "train")}
+    (pairs,) = (one.dataset for one in by_stage["train"].inputs.dataset_inputs)
+    assert json.loads(pairs.profile) == {"bytes": len("winner,loser\n"), "files": 1}
+
+
+def test_the_pages_say_what_a_person_wants_to_know(root: Path, uri: str, finished_run: Path) -> None:
+    sync(uri, root)
+    client = MlflowClient(uri)
+    (parent,) = parents(uri)
+    run, experiment = parent.info.run_id, client.get_experiment(parent.info.experiment_id)
+    picture = client.download_artifacts(run, "sample_grid.png", str(root))
+    assert Path(picture).read_bytes() == (root / "grid.png").read_bytes()
+    version = client.get_model_version("dspo-adapter-shapes", "1")
+    for text in (experiment.tags["mlflow.note.content"], parent.data.tags["mlflow.note.content"], version.description):
+        assert f"DoRA adapter of rank 4 for the UNet of `{finished_run.parent / 'base'}`" in text
+        assert "| win rate over base, gold | 0.700 | 0.600 to 0.800 |" in text
+        assert "| win rate over base, second judge | 0.700 | 0.600 to 0.800 |" in text
+        assert f"(get-artifact?path=sample_grid.png&run_uuid={run})" in text
+        assert all(parent.data.tags[name] in text for name in ("git.commit", "dvc.lock_md5", "dvc.params_md5"))
+        assert version.tags["dvc.adapter_md5"] in text
+    assert f"(#/experiments/{experiment.experiment_id}/runs/{run})" in version.description
+    code = version.description.split("```")[1].removeprefix("python")
+    compile(code, "description", "exec")
+    assert 'load_model("models:/dspo-adapter-shapes@champion")' in code
+    assert "height=32, width=32" in code
+
+    said = client.get_registered_model("dspo-adapter-shapes").description
+    assert "No version is `champion` yet." in said
+    promote(uri, "shapes")
+    said = client.get_registered_model("dspo-adapter-shapes").description
+    assert said.endswith(version.description)
+    assert "Champion: version 1" in said
+    assert len(said) < 4000  # PostgreSQL holds 5000
 
 
 def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
     root: Path, uri: str, finished_run: Path
 ) -> None:
     sync(uri, root)
+    promote(uri, "shapes")
     version = MlflowClient(uri).get_model_version_by_alias("dspo-adapter-shapes", "champion")
     assert {"git.commit", "dvc.lock_md5", "dvc.params_md5", "dvc.adapter_md5"} <= version.tags.keys()
     mlflow.set_tracking_uri(uri)
@@ -194,15 +257,18 @@ def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
     assert np.isfinite(image).all()
 
 
-def test_the_champion_stays_when_the_gold_judge_does_not_see_a_gain(root: Path, uri: str) -> None:
+def test_only_an_adapter_that_the_gold_judge_prefers_becomes_champion(root: Path, uri: str) -> None:
     sync(uri, root)
-    set_params(root, root.parent / "base", lr=0.2, improved=False)
+    client = MlflowClient(uri)
+    assert client.get_registered_model("dspo-adapter-shapes").aliases == {}  # sending moves nothing
+    assert promote(uri, "shapes").champion == 1
+    set_params(root, root.parent / "base", lr=0.2, low=0.4)
     config = root / "prepared/adapter_config.json"
     config.write_text(config.read_text().replace('"lora_dropout": 0.1', '"lora_dropout": 0.2'))
     shell(root, "dvc", "repro", "--quiet")
     assert len(sync(uri, root)) == 1
-    client = MlflowClient(uri)
-    assert len(client.search_model_versions("name = 'dspo-adapter-shapes'")) == 2
+    with pytest.raises(UserError, match=r"version 2 is not promoted.*from 0.400, which is not above 0.5"):
+        promote(uri, "shapes")
     assert client.get_model_version_by_alias("dspo-adapter-shapes", "champion").version == 1
     dirty = {run.data.params["train.lr"]: run.data.tags["git.dirty"] for run in parents(uri)}
     assert dirty == {"0.1": "false", "0.2": "true"}
@@ -212,17 +278,37 @@ def test_experiments_are_mirrored_under_their_names(root: Path, uri: str) -> Non
     shell(root, "dvc", "exp", "run", "--quiet", "--temp", "-n", "hot", "-S", "worlds.shapes.train.lr=0.7")
     assert len(sync(uri, root)) == 2
     assert sync(uri, root) == []
-    by_lr = {run.data.params["train.lr"]: run.data.tags for run in parents(uri)}
-    assert by_lr["0.7"]["dvc.exp_name"] == "hot"
-    assert by_lr["0.7"]["dvc.baseline_rev"] == by_lr["0.1"]["git.commit"]
+    by_lr = {run.data.params["train.lr"]: run for run in parents(uri)}
+    assert by_lr["0.7"].info.run_name == by_lr["0.7"].data.tags["dvc.exp_name"] == "hot"
+    assert by_lr["0.7"].data.tags["dvc.baseline_rev"] == by_lr["0.1"].data.tags["git.commit"]
     # The same adapter from another learning rate: one version of the registered model.
     assert len(MlflowClient(uri).search_model_versions("name = 'dspo-adapter-shapes'")) == 1
+
+
+def test_an_experiment_in_the_workspace_is_one_run_and_keeps_its_name(root: Path, uri: str) -> None:
+    shell(root, "dvc", "exp", "run", "--quiet", "-n", "here", "-S", "worlds.shapes.train.lr=0.7")
+    sync(uri, root)
+    assert [run.info.run_name for run in parents(uri)] == ["here"]
+    shell(root, "dvc", "exp", "remove", "here")
+    assert sync(uri, root) == []  # the workspace still holds that run
+
+
+def test_two_experiments_with_equal_outcome_are_two_runs(root: Path, uri: str) -> None:
+    shell(root, "dvc", "exp", "run", "--quiet", "-n", "one", "-S", "worlds.shapes.train.lr=0.7")
+    tips = shell(root, "git", "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps/*/*/one").split()
+    shell(root, "git", "update-ref", tips[0].replace("/one", "/other"), tips[1])
+    assert len(sync(uri, root)) == 2
+    assert sync(uri, root) == []
+    assert sorted(run.info.run_name for run in parents(uri)) == ["one", "other"]
+    of = {name: [run for run in runs(uri) if run.data.tags["dspo.key"] == key] for name, key in (
+        (run.info.run_name, run.data.tags["dspo.key"]) for run in parents(uri))}  # fmt: skip
+    assert [len(of[name]) for name in ("one", "other")] == [4, 4]
 
 
 def test_what_a_silent_server_did_not_get_is_sent_later(root: Path, uri: str, silent_server: str) -> None:
     with pytest.raises(UserError, match="dspo sync"):
         sync(silent_server, root, first_timeout=1)
-    set_params(root, root.parent / "base", lr=0.3, improved=True)  # the workspace moves on
+    set_params(root, root.parent / "base", lr=0.3, low=0.6)  # the workspace moves on
     shell(root, "dvc", "repro", "--quiet")
     with pytest.raises(UserError, match="dspo sync"):
         sync("http://127.0.0.1:9", root, first_timeout=1)  # nothing listens there
@@ -230,17 +316,66 @@ def test_what_a_silent_server_did_not_get_is_sent_later(root: Path, uri: str, si
     assert sorted(run.data.params["train.lr"] for run in parents(uri)) == ["0.1", "0.3"]
 
 
-def test_a_transfer_that_broke_off_is_made_again(root: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise ConnectionResetError("gone")
+class Killed(BaseException):
+    """No code of the project or of MLflow catches it."""
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "after", "missing"),
+    [
+        (MlflowSink, "_log_batches", False, 1),  # a run without anything
+        (MlflowClient, "log_artifacts", True, 1),  # the first stage is there
+        (MlflowClient, "create_model_version", False, 1),  # the model's files are there, and nothing points to them
+        (MlflowClient, "create_model_version", True, 1),  # all is there but the mark
+        (MlflowSink, "_finish", True, 0),  # all is there, and the copy waits still
+    ],
+)
+def test_a_sync_that_died_and_is_repeated_leaves_one_of_each(
+    root: Path, uri: str, monkeypatch: pytest.MonkeyPatch, place: type, method: str, after: bool, missing: int
+) -> None:
+    """``after``: it died right after the call of ``method``, else right before."""
+    real = getattr(place, method)
+
+    def die(*arguments: object, **named: object) -> None:
+        if after:
+            real(*arguments, **named)
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("dspo.tracking.mlflow_sink.register", broken)
-        with pytest.raises(UserError, match="gone"):
+        patch.setattr(place, method, die)
+        with pytest.raises(Killed):
             sync(uri, root)
+    assert len(sync(uri, root)) == missing
+    one_of_each(uri, root)
+
+
+def test_a_sync_that_was_killed_and_is_repeated_leaves_one_of_each(root: Path, uri: str) -> None:
+    """As a process, by a signal, in the middle of a transfer."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from mlflow import MlflowClient
+from dspo.tracking.sync import sync
+MlflowClient.create_model_version = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+sync({uri!r}, Path({str(root)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(sync(uri, root)) == 1
-    assert len(parents(uri)) == 1
+    one_of_each(uri, root)
+
+
+def one_of_each(uri: str, root: Path) -> None:
+    """One run with its stages, one model, one version; nothing waits, and nothing more is sent."""
+    assert sync(uri, root) == []
+    (parent,) = parents(uri)
     assert len(runs(uri)) == 4
+    assert {run.info.status for run in runs(uri)} == {"FINISHED"}
+    client = MlflowClient(uri)
+    (version,) = client.search_model_versions("name = 'dspo-adapter-shapes'")
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert version.run_id == model.source_run_id == parent.info.run_id
+    assert list((root / "scratch/unsent").iterdir()) == []
 
 
 def test_outputs_that_are_not_those_of_the_lock_are_not_sent(root: Path, uri: str) -> None:
@@ -269,6 +404,7 @@ stages:
 def test_numbers_and_curves_of_files(tmp_path: Path) -> None:
     values = {"a": {"b": 1, "flag": True, "missing": None}, "text": "x", "list": [1, 2], "nan": float("nan")}
     assert dict(numbers(values)) == {"a.b": 1.0, "a.flag": 1.0}
+    assert dict(numbers({"gold": {"ci95": [0.5, 0.7]}})) == {"gold.ci95.low": 0.5, "gold.ci95.high": 0.7}
     table = tmp_path / "table.csv"
     table.write_text("epoch,reward,name\n0,0.5,x\n1,,y\n2,0.7,z\n")
     assert curves(table) == {"reward": [(0, 0.5), (2, 0.7)]}

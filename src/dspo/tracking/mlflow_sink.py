@@ -1,21 +1,27 @@
 """MLflow as a sink: one run per run of the pipeline, with one nested run per stage."""
 
+import json
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run
-from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+from mlflow.entities import Dataset as MlflowDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from dspo.tracking.record import LAST, RunRecord, Series, StageRecord
-from dspo.tracking.registry import register
+from dspo.tracking.description import NOTE, SAMPLE_GRID, describe_experiment, describe_run, run_name
+from dspo.tracking.record import LAST, Dataset, RunRecord, Series, StageRecord
+from dspo.tracking.registry import register, run_of_version
+from dspo.tracking.server import patience
 
 Item = TypeVar("Item")
 EXPERIMENT = "dspo"
-KEY, COMPLETE = "dspo.key", "dspo.complete"
+KEY, CONTENT, COMPLETE = "dspo.key", "dspo.content", "dspo.complete"
+GRID = f"{LAST}/grid.png"
 PARAMS_PER_CALL, METRICS_PER_CALL, LONGEST_PARAM = 100, 1000, 6000  # MLflow's limits
 
 
@@ -31,39 +37,81 @@ class MlflowSink:
         self._first_timeout = first_timeout
 
     def keys(self) -> set[str]:
-        """Keys of the runs that are wholly there. Asks once, without patience."""
-        _patience(self._first_timeout, retries=0)
+        """Keys and contents of the runs that are wholly there. Asks once, without patience."""
+        patience(self._first_timeout, retries=0)
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        _patience(120, retries=1)  # an adapter's upload may be silent for a while
+        patience(120, retries=1)  # an adapter's upload may be silent for a while
         if experiment is None:
             return set()
-        return {run.data.tags[KEY] for run in self._runs(experiment.experiment_id, {COMPLETE: "true"})}
+        whole = self._runs(experiment.experiment_id, {COMPLETE: "true"})
+        return {tag for run in whole for key in (KEY, CONTENT) if (tag := run.data.tags.get(key))}
 
     def send(self, record: RunRecord, folder: Path) -> None:
-        """Send a record and the files beside it. What an earlier attempt left unfinished is replaced."""
+        """Send a record and the files beside it. What an earlier attempt left unfinished is replaced.
+
+        A version of the registered model is made last and stays: if there is one of this run, all else is there.
+        """
         experiment = self._experiment()
-        for run in self._runs(experiment, {KEY: record.key}):
-            self._client.delete_run(run.info.run_id)
-        tags = {**record.tags, KEY: record.key, "world": record.world}
-        name = record.tags.get("dvc.exp_name") or record.key[:8]
-        parent = self._client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        begun = {run.info.run_id for run in self._runs(experiment, {KEY: record.key})}
+        registered = run_of_version(self._client, record)
+        if registered is None or registered not in begun:
+            for run in begun:
+                self._delete(experiment, run)
+            registered = self._send(experiment, record, folder)
+        self._finish(registered)
+
+    def _send(self, experiment: str, record: RunRecord, folder: Path) -> str:
+        tags = {**record.tags, KEY: record.key, CONTENT: record.content, "world": record.world}
+        parent = str(self._client.create_run(experiment, run_name=run_name(record), tags=tags).info.run_id)
         # Runs are compared by their parents: these carry all parameters, and the figures of the report.
-        headline = next((stage.metrics for stage in record.stages if stage.name == LAST), {})
         params = {key: value for stage in record.stages for key, value in stage.params.items()}
-        self._log_batches(parent, params, headline, {})
+        self._log_batches(parent, params, record.metrics(LAST), {})
+        self._log_datasets(parent, record.datasets)
         for stage in record.stages:
             self._send_stage(experiment, parent, record.key, stage, folder / "artifacts" / stage.name)
-        register(self._client, parent, record, folder / "adapter")
-        self._client.set_tag(parent, COMPLETE, "true")
-        self._client.set_terminated(parent)
+        if (folder / "artifacts" / GRID).exists():
+            grid = Path(shutil.copyfile(folder / "artifacts" / GRID, folder / SAMPLE_GRID))
+            self._client.log_artifact(parent, str(grid))
+        self._client.set_tag(parent, NOTE, describe_run(record, parent))
+        self._client.set_experiment_tag(experiment, NOTE, describe_experiment(record, parent))
+        register(self._client, experiment, parent, record, folder / "adapter")
+        return parent
+
+    def _finish(self, run: str) -> None:
+        self._client.set_terminated(run)
+        self._client.set_tag(run, COMPLETE, "true")
 
     def _send_stage(self, experiment: str, parent: str, key: str, stage: StageRecord, artifacts: Path) -> None:
         tags = {"mlflow.parentRunId": parent, "dvc.stage": stage.name, KEY: key, **stage.tags}
         run = self._client.create_run(experiment, run_name=stage.name, tags=tags).info.run_id
         self._log_batches(run, stage.params, stage.metrics, stage.series)
+        self._log_datasets(run, [(dataset, stage.name) for dataset in stage.datasets])
         if artifacts.is_dir():
             self._client.log_artifacts(run, str(artifacts))
         self._client.set_terminated(run)
+
+    def _delete(self, experiment: str, run: str) -> None:
+        for model in self._client.search_logged_models([experiment], f"source_run_id = '{run}'"):
+            self._client.delete_logged_model(model.model_id)
+        self._client.delete_run(run)
+
+    def _log_datasets(self, run: str, datasets: Sequence[tuple[Dataset, str]]) -> None:
+        """``datasets`` with the stages that read them."""
+        inputs = [
+            DatasetInput(
+                MlflowDataset(
+                    name=dataset.path,
+                    digest=dataset.md5,
+                    source_type="local",
+                    source=json.dumps({"uri": dataset.path}),
+                    profile=json.dumps({"bytes": dataset.size, "files": dataset.files}),
+                ),
+                [InputTag(MLFLOW_DATASET_CONTEXT, readers)],
+            )
+            for dataset, readers in datasets
+        ]
+        if inputs:
+            self._client.log_inputs(run, inputs)
 
     def _log_batches(
         self, run: str, params: Mapping[str, str], metrics: Mapping[str, float], series: Mapping[str, Series]
@@ -94,12 +142,6 @@ class MlflowSink:
         database = self.uri.removeprefix("sqlite:///")
         place = (Path(database).parent / "mlartifacts").as_uri() if database != self.uri else None
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
-
-
-def _patience(seconds: int, retries: int) -> None:
-    """How long MLflow's client waits for a server; its own defaults are minutes for every call."""
-    MLFLOW_HTTP_REQUEST_TIMEOUT.set(seconds)
-    MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(retries)
 
 
 def _name(key: str) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from dvc.api import DVCFileSystem
@@ -20,7 +20,9 @@ from dvc.api import DVCFileSystem
 from dspo.data.files import read_json, write_json
 
 LOCK = "dvc.lock"
-TRAIN, LAST = "train", "report"  # stages
+TRAIN, EVALUATE, LAST = "train", "evaluate", "report"  # stages
+DATASETS = "data/"  # dependencies below it are datasets; others are code, models and settings
+INTERVAL = "ci95"  # [low, high]
 SHOWN = {".json", ".csv", ".png", ".html", ".jsonl"}  # files that people look at; images and weights stay with DVC
 STEP_COLUMNS = ("step", "epoch")
 
@@ -34,13 +36,34 @@ class StageRecord:
     metrics: dict[str, float]
     series: dict[str, Series]  # [(step, value)] of each curve
     tags: dict[str, str]  # hashes of dependencies and outputs
+    datasets: list["Dataset"] = field(default_factory=list)  # that the stage read
+
+
+@dataclass(frozen=True)
+class Dataset:
+    path: str
+    md5: str  # DVC's; of a folder it ends in .dir
+    size: int  # bytes
+    files: int
+
+
+class Sampler(NamedTuple):
+    """How the judged images were made."""
+
+    resolution: int
+    steps: int
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """``key`` is equal for runs with equal parameters and equal outputs, whenever and wherever they ran."""
+    """``content`` is equal for runs with equal parameters and equal outputs, whenever and wherever they ran.
+
+    ``key`` tells experiments with equal content apart; of the workspace's run it is the content.
+    """
 
     key: str
+    content: str
     world: str
     base_model: str
     base_revision: str | None
@@ -48,13 +71,45 @@ class RunRecord:
     tags: dict[str, str]
     stages: list[StageRecord] = field(default_factory=list)
 
+    @property
+    def training(self) -> dict[str, str]:
+        """Parameters of the stage train."""
+        return next(stage.params for stage in self.stages if stage.name == TRAIN)
+
+    @property
+    def sampler(self) -> Sampler:
+        of = {name: self.training[f"evaluate.sampler.{name}"] for name in ("steps", "guidance_scale")}
+        return Sampler(int(self.training["base.resolution"]), int(of["steps"]), float(of["guidance_scale"]))
+
+    @property
+    def base_md5(self) -> str | None:
+        """Of a base model that is a folder of the repository."""
+        train = next(stage for stage in self.stages if stage.name == TRAIN)
+        return train.tags.get(f"dvc.dep.{self.base_model}")
+
+    @property
+    def datasets(self) -> list[tuple[Dataset, str]]:
+        """Every dataset of the run, with the names of the stages that read it."""
+        readers: dict[Dataset, list[str]] = {}
+        for stage in self.stages:
+            for dataset in stage.datasets:
+                readers.setdefault(dataset, []).append(stage.name)
+        return [(dataset, ", ".join(names)) for dataset, names in readers.items()]
+
+    def metrics(self, stage: str) -> dict[str, float]:
+        return next((found.metrics for found in self.stages if found.name == stage), {})
+
     def write(self, folder: Path) -> None:
         write_json(asdict(self), folder / "record.json")
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
         raw = read_json(folder / "record.json")
-        return cls(**raw | {"stages": [StageRecord(**stage) for stage in raw["stages"]]})
+        stages = [
+            StageRecord(**stage | {"datasets": [Dataset(**dataset) for dataset in stage["datasets"]]})
+            for stage in raw["stages"]
+        ]
+        return cls(**raw | {"stages": stages})
 
 
 def read_lock(text: bytes) -> dict[str, Any] | None:
@@ -72,11 +127,17 @@ def read_lock(text: bytes) -> dict[str, Any] | None:
 
 def run_key(stages: Mapping[str, Any]) -> str:
     """The hash of all stages' parameters and outputs."""
-    what = {name: [stage.get("params"), _outs({name: stage})] for name, stage in stages.items()}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    return _hash({name: [stage.get("params"), _outs({name: stage})] for name, stage in stages.items()})
 
 
-def collect(files: DVCFileSystem, stages: Mapping[str, Any], tags: Mapping[str, str], folder: Path) -> RunRecord:
+def experiment_key(content: str, name: str, baseline: str) -> str:
+    """Two experiments are two runs, even if they came to the same outputs."""
+    return _hash([content, name, baseline])
+
+
+def collect(
+    files: DVCFileSystem, stages: Mapping[str, Any], key: str, tags: Mapping[str, str], folder: Path
+) -> RunRecord:
     """Write the record of the run that ``files``, one revision of the repository, holds to ``folder``.
 
     ``stages``: of its dvc.lock. Raises FileNotFoundError if an output is neither in the workspace nor in DVC's cache.
@@ -86,7 +147,8 @@ def collect(files: DVCFileSystem, stages: Mapping[str, Any], tags: Mapping[str, 
     adapter = yaml.safe_load(files.read_bytes("dvc.yaml"))["artifacts"]["adapter"]["path"]
     _copy(files, adapter, folder / "adapter", lambda path: True)
     record = RunRecord(
-        key=run_key(stages),
+        key=key,
+        content=run_key(stages),
         world=train["world"],
         base_model=train["base.model"],
         base_revision=train.get("base.revision"),
@@ -98,6 +160,10 @@ def collect(files: DVCFileSystem, stages: Mapping[str, Any], tags: Mapping[str, 
     )
     record.write(folder)  # last: a folder with a record is whole
     return record
+
+
+def _hash(what: object) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _outs(stages: Mapping[str, Any]) -> dict[str, str]:
@@ -125,7 +191,12 @@ def _stage(files: DVCFileSystem, name: str, params: dict[str, str], lock: Any, f
         for entry in lock.get(f"{kind}s", [])
         if "md5" in entry
     }
-    return StageRecord(name, params, metrics, series, hashes)
+    datasets = [
+        Dataset(dep["path"], dep["md5"], dep["size"], dep.get("nfiles", 1))
+        for dep in lock.get("deps", [])
+        if dep["path"].startswith(DATASETS)
+    ]
+    return StageRecord(name, params, metrics, series, hashes, datasets)
 
 
 def _copy(files: DVCFileSystem, out: str, folder: Path, wanted: Callable[[PurePosixPath], bool]) -> None:
@@ -156,7 +227,12 @@ def _flat_text(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 
 def numbers(value: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
-    """All numbers in nested JSON objects, with dotted keys; truth values are 1 and 0; lists are left out."""
+    """All numbers in nested JSON objects, with dotted keys; truth values are 1 and 0.
+
+    An interval is its low and its high; other lists are left out.
+    """
+    if prefix.endswith(f".{INTERVAL}") and isinstance(value, list) and len(value) == 2:
+        value = {"low": value[0], "high": value[1]}
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from numbers(inner, f"{prefix}.{key}" if prefix else key)

@@ -2,7 +2,8 @@
 
 The files are the truth. A run is first copied to ``scratch/unsent/<key>``, then sent, then the copy is removed: what a
 dead server did not get waits there for the next call, even if the workspace has moved on. Runs are known by the hash of
-their parameters and outputs, so that each is sent once, however often this is called.
+their parameters and outputs, experiments by their name besides, so that each is sent once, however often this is called
+and wherever an earlier call was killed. The workspace's run is not sent beside the experiment that it came from.
 """
 
 import fcntl
@@ -18,16 +19,14 @@ from typing import Any
 
 from dvc.api import DVCFileSystem
 from dvc.repo import Repo
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
 from dspo.environment import repository_root, scratch_root, tracking_uri
 from dspo.errors import UserError
 from dspo.tracking.mlflow_sink import MlflowSink
-from dspo.tracking.record import LOCK, RunRecord, collect, read_lock, run_key
+from dspo.tracking.record import LOCK, RunRecord, collect, experiment_key, read_lock, run_key
+from dspo.tracking.server import REFUSALS, reason
 
 EXPERIMENT_REF = re.compile(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/(\S+)$")
-REFUSALS = (MlflowException, SQLAlchemyError, OSError)  # a server or database that is dead, slow or says no
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +37,16 @@ class Revision:
     commit: str | None
     stages: dict[str, Any]
     tags: dict[str, str]
+
+    @property
+    def content(self) -> str:
+        return run_key(self.stages)
+
+    @property
+    def key(self) -> str:
+        if "dvc.exp_name" not in self.tags:
+            return self.content
+        return experiment_key(self.content, self.tags["dvc.exp_name"], self.tags["dvc.baseline_rev"])
 
 
 def sync(uri: str | None = None, root: Path | None = None, first_timeout: int = 10) -> list[str]:
@@ -68,9 +77,8 @@ def _sync(sink: MlflowSink, root: Path, unsent: Path) -> list[str]:
     except REFUSALS as error:
         refused = error
     _collect_all(root, known, unsent)
-    waiting = sorted(folder for folder in unsent.iterdir() if (folder / "record.json").exists())
     sent: list[str] = []
-    for folder in waiting:
+    for folder in _waiting(unsent):
         if refused is None and folder.name not in known:
             try:
                 sink.send(RunRecord.read(folder), folder)
@@ -80,20 +88,33 @@ def _sync(sink: MlflowSink, root: Path, unsent: Path) -> list[str]:
         if refused is None:
             shutil.rmtree(folder)
     if refused is not None:
-        reason = (str(refused).splitlines() or [type(refused).__name__])[0]
-        raise UserError(f"{sink.uri}: MLflow did not take the runs; `dspo sync` sends what waits in {unsent}. {reason}")
+        waits = f"`dspo sync` sends what waits in {unsent}"
+        raise UserError(f"{sink.uri}: MLflow did not take the runs; {waits}. {reason(refused)}")
     return sent
 
 
+def _waiting(unsent: Path) -> list[Path]:
+    """Folders of whole records, the oldest first: the workspace's run comes last, so that its version is the newest."""
+    records = [path for path in unsent.glob("*/record.json") if path.is_file()]
+    return [path.parent for path in sorted(records, key=lambda path: path.stat().st_mtime_ns)]
+
+
 def _collect_all(root: Path, known: set[str], unsent: Path) -> None:
-    """Copy every run that MLflow does not have to a folder of its own below ``unsent``."""
+    """Copy every run that MLflow does not have to a folder of its own below ``unsent``.
+
+    ``known``: keys and contents of the runs that it has.
+    """
+    there = known | {name for folder in _waiting(unsent) for name in (folder.name, RunRecord.read(folder).content)}
     for revision in (*_experiments(root), *_workspace(root)):
-        folder = unsent / run_key(revision.stages)
-        if folder.name in known or (folder / "record.json").exists():
+        folder = unsent / revision.key
+        if folder.name in there:
+            there.add(revision.content)
             continue
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
         try:
-            collect(DVCFileSystem(str(root), rev=revision.commit), revision.stages, revision.tags, folder)
+            files = DVCFileSystem(str(root), rev=revision.commit)
+            collect(files, revision.stages, revision.key, revision.tags, folder)
+            there.add(revision.content)
         except FileNotFoundError as error:
             shutil.rmtree(folder, ignore_errors=True)
             log.warning("not sent: %s; not in DVC's cache: %s", revision.tags["git.commit"], error.filename or error)
