@@ -101,7 +101,18 @@ def test_help_is_quick_and_names_the_commands():
     code = "import sys; from dspo.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
-    commands = ("check", "train", "import-pairs", "batch-generate", "export", "compare", "explain", "sync")
+    commands = (
+        "check",
+        "train",
+        "import-pairs",
+        "batch-generate",
+        "export",
+        "compare",
+        "explain",
+        "sync",
+        "promote",
+        "rollback",
+    )
     assert all(f" {command} " in done.stdout for command in commands)
     assert all(text in done.stdout for text in ("Examples:", "dspo train --prompts prompts.csv --dry-run", "Look"))
 

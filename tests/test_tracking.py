@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import RESOLUTION, TEXT_WIDTH, save_tiny_pipeline, tiny_pipeline
 
 from dspo.errors import UserError
+from dspo.tracking.champion import promote
 from dspo.tracking.record import curves, numbers, read_lock
 from dspo.tracking.registry import as_diffusers
 from dspo.tracking.sync import sync
@@ -34,8 +35,9 @@ if sys.argv[1] == "train":
     shutil.copytree("prepared", "models/adapter", dirs_exist_ok=True)
     write("models/training/log.csv", f"step,loss,note\\n1,{params['train']['lr']},a\\n2,0.5,b\\n")
 elif sys.argv[1] == "evaluate":
-    improved = params["evaluate"]["improved"]
-    write("data/evaluation/results.json", {"verdict": {"improved": {"gold_overall": improved, "second": True}}})
+    low = params["evaluate"]["low"]
+    gold = {"win_rate": low + 0.1, "low": low, "high": low + 0.2, "n_decided": 300, "n_prompts": 100}
+    write("data/evaluation/results.json", {"tuned_against_base": {"win_rates": {"gold_overall": gold}}})
 else:
     write("reports/summary.json", {"gold": {"win_rate": 0.8, "n": 3, "none": None}})
     write("reports/index.html", "<p>figures</p>")
@@ -68,11 +70,11 @@ def shell(folder: Path, *command: str) -> None:
     subprocess.run(command, cwd=folder, check=True, capture_output=True, env={"PATH": path, **identity})
 
 
-def set_params(folder: Path, base: Path, lr: float, improved: bool) -> None:
+def set_params(folder: Path, base: Path, lr: float, low: float) -> None:
     world = {
         "base": {"model": str(base), "revision": None},
         "train": {"lr": lr, "targets": ["to_k", "to_q"]},
-        "evaluate": {"improved": improved},
+        "evaluate": {"low": low},
     }
     (folder / "params.yaml").write_text(json.dumps({"world": "shapes", "worlds": {"shapes": world}}))
 
@@ -98,7 +100,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = folder / "root"
     root.mkdir()
     dora_adapter(root / "prepared")
-    set_params(root, base, lr=0.1, improved=True)
+    set_params(root, base, lr=0.1, low=0.6)
     (root / "stages.py").write_text(STAGES)
     (root / "dvc.yaml").write_text(PIPELINE)
     (root / ".gitignore").write_text("/models/\n/data/\n/scratch/\n/mlflow.db*\n/mlartifacts/\n")
@@ -168,6 +170,7 @@ def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
     root: Path, uri: str, finished_run: Path
 ) -> None:
     sync(uri, root)
+    promote(uri, "shapes")
     version = MlflowClient(uri).get_model_version_by_alias("dspo-adapter-shapes", "champion")
     assert {"git.commit", "dvc.lock_md5", "dvc.params_md5", "dvc.adapter_md5"} <= version.tags.keys()
     mlflow.set_tracking_uri(uri)
@@ -194,15 +197,18 @@ def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
     assert np.isfinite(image).all()
 
 
-def test_the_champion_stays_when_the_gold_judge_does_not_see_a_gain(root: Path, uri: str) -> None:
+def test_only_an_adapter_that_the_gold_judge_prefers_becomes_champion(root: Path, uri: str) -> None:
     sync(uri, root)
-    set_params(root, root.parent / "base", lr=0.2, improved=False)
+    client = MlflowClient(uri)
+    assert client.get_registered_model("dspo-adapter-shapes").aliases == {}  # sending moves nothing
+    assert promote(uri, "shapes").champion == 1
+    set_params(root, root.parent / "base", lr=0.2, low=0.4)
     config = root / "prepared/adapter_config.json"
     config.write_text(config.read_text().replace('"lora_dropout": 0.1', '"lora_dropout": 0.2'))
     shell(root, "dvc", "repro", "--quiet")
     assert len(sync(uri, root)) == 1
-    client = MlflowClient(uri)
-    assert len(client.search_model_versions("name = 'dspo-adapter-shapes'")) == 2
+    with pytest.raises(UserError, match=r"version 2 is not promoted.*from 0.400, which is not above 0.5"):
+        promote(uri, "shapes")
     assert client.get_model_version_by_alias("dspo-adapter-shapes", "champion").version == 1
     dirty = {run.data.params["train.lr"]: run.data.tags["git.dirty"] for run in parents(uri)}
     assert dirty == {"0.1": "false", "0.2": "true"}
@@ -222,7 +228,7 @@ def test_experiments_are_mirrored_under_their_names(root: Path, uri: str) -> Non
 def test_what_a_silent_server_did_not_get_is_sent_later(root: Path, uri: str, silent_server: str) -> None:
     with pytest.raises(UserError, match="dspo sync"):
         sync(silent_server, root, first_timeout=1)
-    set_params(root, root.parent / "base", lr=0.3, improved=True)  # the workspace moves on
+    set_params(root, root.parent / "base", lr=0.3, low=0.6)  # the workspace moves on
     shell(root, "dvc", "repro", "--quiet")
     with pytest.raises(UserError, match="dspo sync"):
         sync("http://127.0.0.1:9", root, first_timeout=1)  # nothing listens there

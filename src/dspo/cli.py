@@ -250,6 +250,27 @@ def explain(
     typer.echo(f"where they looked: {output}")
 
 
+@app.command(rich_help_panel=KEEP, epilog="Example: dspo promote 3")
+def promote(
+    version: Annotated[int | None, typer.Argument(min=1, help="of the registered model; default: the newest")] = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Make a version of the world's adapter MLflow's champion, if its gold win rate's interval is above one half."""
+    from dspo.environment import tracking_uri
+    from dspo.tracking.champion import promote as move  # costly
+
+    typer.echo(move(tracking_uri(), load_params(params).world, version))
+
+
+@app.command(rich_help_panel=KEEP, epilog="Example: dspo rollback")
+def rollback(params: ParamsFile = Path("params.yaml")) -> None:
+    """Give MLflow's champion back to the version that held it before."""
+    from dspo.environment import tracking_uri
+    from dspo.tracking.champion import rollback as move  # costly
+
+    typer.echo(move(tracking_uri(), load_params(params).world))
+
+
 @app.command(rich_help_panel=KEEP, epilog="Example: dspo sync")
 def sync() -> None:
     """Bring MLflow up to date with the files on disk; it may be run as often as one likes."""

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
-from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from dspo.tracking.record import LAST, RunRecord, Series, StageRecord
 from dspo.tracking.registry import register
+from dspo.tracking.server import patience
 
 Item = TypeVar("Item")
 EXPERIMENT = "dspo"
@@ -32,9 +32,9 @@ class MlflowSink:
 
     def keys(self) -> set[str]:
         """Keys of the runs that are wholly there. Asks once, without patience."""
-        _patience(self._first_timeout, retries=0)
+        patience(self._first_timeout, retries=0)
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        _patience(120, retries=1)  # an adapter's upload may be silent for a while
+        patience(120, retries=1)  # an adapter's upload may be silent for a while
         if experiment is None:
             return set()
         return {run.data.tags[KEY] for run in self._runs(experiment.experiment_id, {COMPLETE: "true"})}
@@ -94,12 +94,6 @@ class MlflowSink:
         database = self.uri.removeprefix("sqlite:///")
         place = (Path(database).parent / "mlartifacts").as_uri() if database != self.uri else None
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
-
-
-def _patience(seconds: int, retries: int) -> None:
-    """How long MLflow's client waits for a server; its own defaults are minutes for every call."""
-    MLFLOW_HTTP_REQUEST_TIMEOUT.set(seconds)
-    MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(retries)
 
 
 def _name(key: str) -> str:

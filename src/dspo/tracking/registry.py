@@ -1,4 +1,4 @@
-"""The registered model: one version per adapter, and the alias ``champion`` for the last that passed its gate.
+"""The registered model: one version per adapter. Which of them is champion, dspo.tracking.champion says.
 
 Adapters are logged with MLflow's own flavour for diffusion adapters, ``mlflow.diffusers``: ``load_model(uri)`` names
 the base model and ``.load_pipeline()`` gives the pipeline with the adapter. A DoRA adapter survives that, if
@@ -11,45 +11,35 @@ The flavour would pin the hub's newest commit of the base model; ours is the one
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import mlflow.diffusers
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from safetensors.torch import load_file, save_file
 
 from dspo.data.files import read_json
 from dspo.evaluation.compare import GOLD
+from dspo.tracking.champion import GOLD_DECIDED, GOLD_HIGH, GOLD_LOW, GOLD_RATE, model_name
 from dspo.tracking.record import RunRecord
 
-CHAMPION = "champion"
+EVALUATE = "evaluate"  # the stage
+GOLD_FIGURES = {GOLD_RATE: "win_rate", GOLD_LOW: "low", GOLD_HIGH: "high", GOLD_DECIDED: "n_decided"}
 ADAPTER_MD5 = "dvc.adapter_md5"
 PEFT_PREFIX = "base_model.model."
 ADAPTER_METADATA = "lora_adapter_metadata"  # the key that diffusers looks for
 ADAPTER_KEYS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "bias")
 
 
-def model_name(world: str) -> str:
-    return f"dspo-adapter-{world}"
-
-
-def improved(record: RunRecord) -> bool:
-    """The gate: the lower end of the gold judge's win rate of tuned over base is above one half.
-
-    Worlds without the gold judge never pass: their champion is named by a person.
-    """
-    metrics = next((stage.metrics for stage in record.stages if stage.name == "evaluate"), {})
-    return metrics.get(f"results.verdict.improved.{GOLD}") == 1.0
-
-
 def register(client: MlflowClient, run: str, record: RunRecord, adapter: Path) -> None:
-    """Make a version of this adapter unless there is one, and let ``champion`` point to it if the gate holds."""
+    """Make a version of this adapter unless there is one."""
     name = model_name(record.world)
-    version = _version(client, name, record.adapter_md5) or _log(client, name, run, record, adapter)
-    if improved(record):
-        client.set_registered_model_alias(name, CHAMPION, version)
+    if _version(client, name, record.adapter_md5) is None:
+        _log(client, name, run, record, adapter)
 
 
 def _version(client: MlflowClient, name: str, md5: str) -> str | None:
@@ -57,7 +47,7 @@ def _version(client: MlflowClient, name: str, md5: str) -> str | None:
     return str(versions[0].version) if versions else None
 
 
-def _log(client: MlflowClient, name: str, run: str, record: RunRecord, adapter: Path) -> str:
+def _log(client: MlflowClient, name: str, run: str, record: RunRecord, adapter: Path) -> None:
     mlflow.set_tracking_uri(client.tracking_uri)
     mlflow.set_registry_uri(client.tracking_uri)
     mlflow.set_experiment(experiment_id=client.get_run(run).info.experiment_id)  # where the model's files go
@@ -67,15 +57,24 @@ def _log(client: MlflowClient, name: str, run: str, record: RunRecord, adapter: 
         name="adapter",
         flavor=_AdapterOfPinnedBase,
         run_id=run,
-        registered_model_name=name,
         adapter_path=str(weights),
         base_model=record.base_model,
         base_revision=record.base_revision,
     )
-    version = str(info.registered_model_version)
-    for key, value in {**record.tags, ADAPTER_MD5: record.adapter_md5}.items():
-        client.set_model_version_tag(name, version, key, value)
-    return version
+    with suppress(MlflowException):  # there is one
+        client.create_registered_model(name)
+    # In one call: a version without its tags would be taken for none, and made again.
+    tags = {**record.tags, **gold_tags(record), ADAPTER_MD5: record.adapter_md5}
+    client.create_model_version(name, info.model_uri, run_id=run, tags=tags, model_id=info.model_id)
+
+
+def gold_tags(record: RunRecord) -> dict[str, str]:
+    """The gold judge's win rate of tuned over base, which the gate reads; nothing in a world without that judge."""
+    metrics = next((stage.metrics for stage in record.stages if stage.name == EVALUATE), {})
+    figures = {tag: f"results.tuned_against_base.win_rates.{GOLD}.{name}" for tag, name in GOLD_FIGURES.items()}
+    if not all(key in metrics for key in figures.values()):
+        return {}
+    return {tag: f"{metrics[key]:g}" for tag, key in figures.items()}
 
 
 class _AdapterOfPinnedBase:

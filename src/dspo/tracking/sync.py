@@ -18,16 +18,14 @@ from typing import Any
 
 from dvc.api import DVCFileSystem
 from dvc.repo import Repo
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
 from dspo.environment import repository_root, scratch_root, tracking_uri
 from dspo.errors import UserError
 from dspo.tracking.mlflow_sink import MlflowSink
 from dspo.tracking.record import LOCK, RunRecord, collect, read_lock, run_key
+from dspo.tracking.server import REFUSALS, reason
 
 EXPERIMENT_REF = re.compile(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/(\S+)$")
-REFUSALS = (MlflowException, SQLAlchemyError, OSError)  # a server or database that is dead, slow or says no
 log = logging.getLogger(__name__)
 
 
@@ -80,8 +78,8 @@ def _sync(sink: MlflowSink, root: Path, unsent: Path) -> list[str]:
         if refused is None:
             shutil.rmtree(folder)
     if refused is not None:
-        reason = (str(refused).splitlines() or [type(refused).__name__])[0]
-        raise UserError(f"{sink.uri}: MLflow did not take the runs; `dspo sync` sends what waits in {unsent}. {reason}")
+        waits = f"`dspo sync` sends what waits in {unsent}"
+        raise UserError(f"{sink.uri}: MLflow did not take the runs; {waits}. {reason(refused)}")
     return sent
 
 

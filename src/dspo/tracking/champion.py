@@ -1,0 +1,134 @@
+"""The alias ``champion`` of a registered model: ``promote`` gives it to a version, ``rollback`` takes it back.
+
+The registered model's tag ``champion.history`` lists the versions that held the alias, the present one last. Where a
+person moved the alias on MLflow's page, the list lacks the present holder, which is then added. A call that is killed
+between its two writes leaves that same state, or the one before it, so that the next call does the right thing.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from dspo.errors import UserError
+from dspo.tracking.server import REFUSALS, patience, reason
+
+CHAMPION = "champion"
+HISTORY = "champion.history"
+GOLD_RATE, GOLD_LOW, GOLD_HIGH, GOLD_DECIDED = "gold.win_rate", "gold.low", "gold.high", "gold.n_decided"  # tags
+LEAST_LOW, LEAST_DECIDED = 0.5, 30  # what the gate wants; with fewer images the interval is too sure of itself
+
+
+@dataclass(frozen=True)
+class Change:
+    model: str
+    champion: int
+    before: int | None  # who held the alias until now
+
+    def __str__(self) -> str:
+        if self.before == self.champion:
+            return f"{self.model}: version {self.champion} is {CHAMPION} already"
+        was = "none before" if self.before is None else f"before: version {self.before}"
+        return f"{self.model}: version {self.champion} is {CHAMPION} ({was})"
+
+
+def model_name(world: str) -> str:
+    return f"dspo-adapter-{world}"
+
+
+def promote(uri: str, world: str, version: int | None = None) -> Change:
+    """Make a version, by default the newest, the champion.
+
+    Raises :class:`UserError` if there is no such version, if its gate does not hold, or if MLflow does not answer.
+    """
+    name = model_name(world)
+    try:
+        client = _client(uri)
+        versions = _versions(client, name)
+        chosen = max(versions, default=None) if version is None else version
+        if chosen not in versions:
+            there = ", ".join(map(str, versions)) or "none; run `dvc repro`, then `dspo sync`"
+            raise UserError(f"{name}: no version {chosen or 'yet'} in {uri}. Versions: {there}")
+        failed = why_not(versions[chosen].tags)
+        if failed:
+            raise UserError(f"{name}: version {chosen} is not promoted. {failed}")
+        history, holder = _history(client, name, versions)
+        if holder != chosen:
+            # The alias first: without its line in the list, the version counts as one that a person moved it to.
+            client.set_registered_model_alias(name, CHAMPION, str(chosen))
+            client.set_registered_model_tag(name, HISTORY, json.dumps([*history, chosen]))
+    except REFUSALS as error:
+        raise UserError(f"{uri}: MLflow did not promote. {reason(error)}") from error
+    return Change(name, chosen, holder)
+
+
+def rollback(uri: str, world: str) -> Change:
+    """Give the alias back to the version that held it before; again and again, until the first one holds it.
+
+    Raises :class:`UserError` if none held it before, or if MLflow does not answer.
+    """
+    name = model_name(world)
+    try:
+        client = _client(uri)
+        history, holder = _history(client, name, _versions(client, name))
+        if holder is None:
+            raise UserError(f"{name}: no version is {CHAMPION} in {uri}. `dspo promote` names one.")
+        *before, _ = history
+        if not before:
+            raise UserError(f"{name}: version {holder} is the first {CHAMPION}; there is nothing to go back to.")
+        # The list first: without the alias, the version that should go counts as one that a person moved it to.
+        client.set_registered_model_tag(name, HISTORY, json.dumps(before))
+        client.set_registered_model_alias(name, CHAMPION, str(before[-1]))
+    except REFUSALS as error:
+        raise UserError(f"{uri}: MLflow did not roll back. {reason(error)}") from error
+    return Change(name, before[-1], holder)
+
+
+def why_not(tags: Mapping[str, str]) -> str | None:
+    """Why a version with these tags may not be champion; None if the gate holds.
+
+    The gate: the lower end of the 95 % interval of the gold judge's win rate of tuned over base is above one half.
+    """
+    if GOLD_LOW not in tags:
+        return (
+            "It has no win rate by the gold judge. In a world without that judge a person names the champion, "
+            f"on MLflow's page of the model: alias `{CHAMPION}`."
+        )
+    low, decided = float(tags[GOLD_LOW]), int(float(tags[GOLD_DECIDED]))
+    if decided < LEAST_DECIDED:
+        return f"The gold judge decided {decided} images; the gate wants {LEAST_DECIDED}."
+    if low <= LEAST_LOW:
+        return (
+            f"The gate does not hold: its gold win rate {float(tags[GOLD_RATE]):.3f} has a 95 % interval from "
+            f"{low:.3f}, which is not above {LEAST_LOW}."
+        )
+    return None
+
+
+def _client(uri: str) -> MlflowClient:
+    patience(30, retries=1)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _versions(client: MlflowClient, name: str) -> dict[int, ModelVersion]:
+    found = {int(version.version): version for version in client.search_model_versions(f"name = '{name}'")}
+    return dict(sorted(found.items()))
+
+
+def _history(client: MlflowClient, name: str, versions: Mapping[int, ModelVersion]) -> tuple[list[int], int | None]:
+    """The versions that held the alias, in order, and the one that does, which is the last of them; None: none does.
+
+    Versions that were deleted since are left out, and what then stands twice in a row.
+    """
+    if not versions:
+        return [], None
+    model = client.get_registered_model(name)
+    holder = int(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
+    listed = [*json.loads(model.tags.get(HISTORY, "[]")), *([] if holder is None else [holder])]
+    history: list[int] = []
+    for version in listed:
+        if version in versions and version not in history[-1:]:
+            history.append(version)
+    return history, holder
