@@ -21,6 +21,7 @@ from dspo.evaluation.foreign.judge import ForeignJudge
 from dspo.params import load_params
 from dspo.reporting.page import verdict
 from dspo.stages import evaluate
+from dspo.stages.report import INPUTS
 from dspo.stages.report import main as report_main
 
 PUBLISHED = ("pickscore", "aesthetics")
@@ -81,9 +82,10 @@ def report(evaluation: Path, folder: Path, params: Path) -> str:
     write_json(test_report.TRAINING, folder / "training" / "metrics.json")
     pd.DataFrame({"step": [1, 2], "loss": [1.0, 0.5]}).to_csv(folder / "training" / "log.csv")
     pd.DataFrame({"step": [0, 1], "loss": [1.0, 0.5]}).to_csv(folder / "training" / "epochs.csv")
-    write_json({"pairs": 300}, folder / "pairs" / "summary.json")
-    argv = ["--params", str(params), "--evaluation", str(evaluation), "--output", str(folder / "reports")]
-    argv += [text for name in ("reward", "training", "pairs", "studies") for text in (f"--{name}", str(folder / name))]
+    test_report.write_data(folder)
+    paths = {name: folder / name for name in (*INPUTS, "studies")} | {"evaluation": evaluation}
+    argv = ["--params", str(params), "--output", str(folder / "reports")]
+    argv += [text for name, path in paths.items() for text in (f"--{name}", str(path))]
     report_main(argv)
     return (folder / "reports" / "index.html").read_text()
 

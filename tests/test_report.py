@@ -24,6 +24,7 @@ from dspo.reporting.page import verdict
 from dspo.reporting.pictures import choose, data_uri, differences
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
+from dspo.stages.report import INPUTS
 from dspo.stages.report import main as report_main
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,7 @@ def results(gold: Json, over_optimised: bool = False) -> Json:
         "world": "shapes",
         "seed": 0,
         "n_images": 800,
+        "n_prompts": 400,
         "settings": {"tie_band": 0.1},
         "untrained_heads": ["detail"],
         "tuned_against_base": {
@@ -96,6 +98,12 @@ REWARD: Json = {**OTHER, "base": PART, "other": OTHER, "heads": {"overall": PART
 TRAINING = {"train_loss": 0.1, "steps": 200, "pairs": 300, "held_out_pairs": 30, "best_epoch": 1, "margin": None}
 TRAINING |= {"held_out_loss": 0.1, "implicit_accuracy": None, "u_std": 1.0, "reward_base": 1.0, "reward": 1.2}
 GOOD = results(rate(0.75, 0.7, 0.8))
+RATED = {"pairs": 50, "prompts": 20, "tie_share": 0.1, "first_share": 0.5}
+DATA: Json = {
+    "prompts": {"train": 1000, "validation": 100, "test": 500},
+    "ratings": dict.fromkeys(("train", "validation", "test"), RATED) | {"bayes_macro_f1": 0.904},
+    "pairs": {"candidates": 3000, "prompts": 299, "pairs": 330, "pairs_train": 300, "pairs_validation": 30},
+}
 CONTEST = {"first": "dspo", "second": "sft", **rate(0.6, 0.5, 0.7), "separable": True}
 FILES: Json = {
     "ablation": {
@@ -175,16 +183,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     epochs = {"step": [0, 20, 40], "loss": [1.0, 0.5, 0.4], "reward": [1.0, 1.2, 1.1], "u_std": [0.0, 1.0, 2.0]}
     unmeasured = {name: [None] * 3 for name in ("implicit_accuracy", "margin", "pull")}
     pd.DataFrame(epochs | unmeasured).to_csv(root / "training" / "epochs.csv")
-    write_json({"pairs": 300}, root / "pairs" / "summary.json")
+    write_data(root)
     return root
+
+
+def write_data(root: Path) -> None:
+    """Of prompts, ratings, pairs and adapter, what the report reads."""
+    for name, summary in DATA.items():
+        write_json(summary, root / name / "summary.json")
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
 
 
 def report(project: Path, output: Path) -> Path:
     for name, study in FILES.items():
         write_json(study, project / "studies" / f"{name}.json")
-    paths = {name: project / name for name in ("evaluation", "reward", "training", "pairs", "studies")} | {
-        "output": output
-    }
+    paths = {name: project / name for name in (*INPUTS, "studies")} | {"output": output}
     options = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
     report_main(["--params", str(ROOT / "params.yaml"), *options])
     return output
@@ -297,7 +311,8 @@ def test_the_verdict_says_no_more_than_the_interval(result: Json, said: str) -> 
 def test_equal_inputs_give_equal_bytes(project: Path, reports: Path, tmp_path: Path) -> None:
     again = report(project, tmp_path / "reports")
     files = sorted(path.relative_to(reports) for path in reports.rglob("*") if path.is_file())
-    assert {"index.html", "summary.json", "grid.png", "judges.png", "win_rates.csv"} <= {path.name for path in files}
+    expected = {"index.html", "summary.json", "model_card.md", "data_statement.md", "grid.png", "win_rates.csv"}
+    assert expected <= {path.name for path in files}
     assert all((reports / path).read_bytes() == (again / path).read_bytes() for path in files)
 
 

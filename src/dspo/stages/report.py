@@ -1,7 +1,8 @@
-"""Stage: the figures, the plots and the page.
+"""Stage: the figures, the plots, the page, the model card and the data statement.
 
 python -m dspo.stages.report --params params.yaml --evaluation data/evaluation --reward models/reward
-    --training models/training --pairs data/pairs --studies reports/studies --output reports
+    --training models/training --adapter models/adapter --pairs data/pairs --ratings data/ratings --prompts data/prompts
+    --studies reports/studies --output reports
 """
 
 import hashlib
@@ -17,8 +18,10 @@ from matplotlib.figure import Figure
 
 from dspo.data.files import read_json, write_json
 from dspo.data.images import read_table
+from dspo.errors import UserError
 from dspo.params import Params, load_params
 from dspo.reporting import plots
+from dspo.reporting.card import Run, data_statement, model_card
 from dspo.reporting.page import main_judge, render_page
 from dspo.reporting.pictures import choose, grid
 from dspo.reporting.studies import STUDIES, study_tables
@@ -27,11 +30,14 @@ from dspo.reporting.tables import main_first, words
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
 
+INPUTS = ("evaluation", "reward", "training", "adapter", "pairs", "ratings", "prompts")
+PAGES = ("model_card.md", "data_statement.md")
+
 
 def main(argv: list[str]) -> None:
-    paths = arguments(__doc__, argv, "evaluation", "reward", "training", "pairs", "studies", "output")
+    paths = arguments(__doc__, argv, *INPUTS, "studies", "output")
     params = load_params(paths.params)
-    inputs = [paths.evaluation, paths.reward, paths.training, paths.pairs]
+    inputs = [getattr(paths, name) for name in INPUTS]
     files = {name: paths.studies / f"{name}.json" for name in STUDIES}
     committed = {name: path for name, path in files.items() if path.exists()}
     scratch = open_scratch("report", params.model_dump(mode="json"), [*inputs, *committed.values()])
@@ -45,6 +51,7 @@ def main(argv: list[str]) -> None:
     judge = main_judge(rates)
     judges = sorted(main_first(rates), key=lambda name: name != judge)
     figures = draw(paths, results, training, base, tuned)
+    hashes = {str(path): digest(path) for path in inputs}
     page = render_page(
         results=results,
         summary=summary,
@@ -54,11 +61,25 @@ def main(argv: list[str]) -> None:
         reward=reward,
         training=training,
         params=configuration(params),
-        hashes={str(path): digest(path) for path in inputs},
+        hashes=hashes,
         studies=study_tables(studies),
     )
 
+    facts = Run(
+        params=params,
+        results=results,
+        summary=summary,
+        reward=reward,
+        training=training,
+        **{name: read_json(getattr(paths, name) / "summary.json") for name in ("prompts", "ratings", "pairs")},
+        adapter=str(paths.adapter),
+        adapter_sha256=sha256(paths.adapter / "adapter_model.safetensors"),
+        hashes=hashes,
+    )
+
     write_json(summary, scratch.path / "summary.json")
+    for name, text in zip(PAGES, (model_card(facts), data_statement(facts)), strict=True):
+        (scratch.path / name).write_text(text, encoding="utf-8")
     (scratch.path / "index.html").write_text(page, encoding="utf-8")
     folder = scratch.path / "plots"
     folder.mkdir(exist_ok=True)
@@ -67,7 +88,7 @@ def main(argv: list[str]) -> None:
     grid(base, tuned, judge).save(folder / "grid.png", optimize=True)
     shutil.copyfile(paths.evaluation / "win_rates.csv", folder / "win_rates.csv")
     shutil.copyfile(paths.training / "epochs.csv", folder / "epochs.csv")
-    scratch.publish({name: paths.output / name for name in ("plots", "index.html", "summary.json")})
+    scratch.publish({name: paths.output / name for name in ("plots", "index.html", *PAGES, "summary.json")})
 
 
 def draw(
@@ -96,6 +117,14 @@ def digest(path: Path) -> str:
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         total.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
     return total.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """As `sha256sum` prints it. Raises :class:`UserError` if the file is missing."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Train the adapter: `dvc repro train`")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
