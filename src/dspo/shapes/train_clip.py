@@ -151,7 +151,8 @@ def captions_of(request: Request, words: str | None, rng: np.random.Generator) -
 
     The first wrong one differs in an attribute or in a word about the making, the second confuses what belongs where.
     """
-    right, wrong, confused = (r.prompt() for r in (request, wrong_request(request, rng), confused_request(request, rng)))
+    requests = (request, wrong_request(request, rng), confused_request(request, rng))
+    right, wrong, confused = (each.prompt() for each in requests)
     if words is None or rng.random() < 0.5:
         return right, wrong, confused
     if rng.random() < 0.5:
@@ -172,11 +173,11 @@ class Probes(nn.Module):
 
     def loss(self, pooled: Tensor, patches: Tensor, data: Pictures, rows: np.ndarray) -> Tensor:
         """The loss of the patches' contents, and the absolute errors of damage, texture and the faults' strengths."""
-        damage: Tensor = self.damage(patches).squeeze(-1)
-        strengths, known = self.fault(pooled).float(), data.faults[rows]
         texture = patch_texture(data.images[rows].float() / 255)
-        errors = F.l1_loss(damage.float(), data.damage[rows]) + F.l1_loss(self.texture(patches).float(), texture)
-        errors = errors + (strengths - known).abs().nanmean()
+        strengths, known = self.fault(pooled).float(), data.faults[rows]
+        errors: Tensor = (strengths - known).abs().nanmean()
+        for probe, truth in ((self.damage, data.damage[rows, :, None]), (self.texture, texture)):
+            errors = errors + F.l1_loss(probe(patches).float(), truth)
         return self.patch.loss(patches, data.classes[rows], data.places[rows]) + 4 * errors
 
 
@@ -212,7 +213,8 @@ def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr:
             pooled, patches = model.visual((pixels - mean) / std)
             texts = model.encode_text(torch.cat([data.captions[picked], data.wrong_captions[picked].flatten(0, 1)]))
             probe = probes.loss(pooled, patches, data, picked)
-        image, (text, wrong) = F.normalize(pooled.float(), dim=-1), F.normalize(texts.float(), dim=-1).tensor_split([len(picked)])
+        image, texts = F.normalize(pooled.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+        text, wrong = texts.tensor_split([len(picked)])
         contrast, right = contrastive_loss(image, text, wrong, model.logit_scale.exp())
         loss = contrast + probe
         optimizer.zero_grad()
