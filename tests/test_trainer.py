@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
@@ -238,27 +239,37 @@ def test_eight_bit_optimizer_names_its_package(tmp_path: Path, monkeypatch: pyte
 
 def test_eight_bit_optimizer_trains_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    plain = run(params(epochs=2), tmp_path / "plain")
-    trained = run(params(epochs=2, optimizer="adamw8bit"), tmp_path / "whole")
+    large = {"rank": 64, "epochs": 2}  # small tensors keep whole moments
+    plain = run(params(**large), tmp_path / "plain")
+    trained = run(params(**large, optimizer="adamw8bit"), tmp_path / "whole")
+    moments = load_checkpoint(tmp_path / "whole" / CHECKPOINT, plain.adapter, CPU).optimizer["state"].values()
+    assert any("8bit" in type(one["exp_avg"]).__name__ for one in moments)
     for name, tensor in trained.adapter.items():
-        torch.testing.assert_close(tensor, plain.adapter[name], rtol=0, atol=6e-3)
-    run(params(epochs=1, optimizer="adamw8bit"), tmp_path / "parts")
-    assert same(run(params(epochs=2, optimizer="adamw8bit"), tmp_path / "parts"), trained)
+        torch.testing.assert_close(tensor, plain.adapter[name], rtol=0, atol=6e-3)  # of at most 6 steps of 1e-3
+    assert trained.log[-1]["loss"] == pytest.approx(plain.log[-1]["loss"], rel=1e-2)
+    run(params(**large | {"epochs": 1}, optimizer="adamw8bit"), tmp_path / "parts")
+    assert same(run(params(**large, optimizer="adamw8bit"), tmp_path / "parts"), trained)
 
 
-def test_compiled_blocks_train_as_plain_ones(tmp_path: Path) -> None:
+def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: there `train.compile` does it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     options = {"loss": "dpo", "epochs": 2, "batch_size": 2, "dropout": 0.0, "gradient_checkpointing": 0.5}
     plain = run(params(**options), tmp_path / "plain", n=6)
-    compiled = run(params(**options, compile=True), tmp_path / "compiled", n=6)
+
+    def prepare_compiled(unet: UNet2DConditionModel, p: TrainParams) -> None:
+        prepare(unet, p)
+        unet.compile_repeated_blocks()
+
+    monkeypatch.setattr(trainer, "prepare", prepare_compiled)
+    compiled = run(params(**options), tmp_path / "compiled", n=6)
     for a, b in zip(compiled.log, plain.log, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    print(counters)
-    assert 0 < counters["stats"]["unique_graphs"] <= 16
+    assert 0 < counters["stats"]["unique_graphs"] <= 6  # for all blocks together
 
 
 def pairs_of_two_shapes() -> Pairs:
@@ -289,9 +300,7 @@ def test_batches_hold_latents_of_one_shape(tmp_path: Path) -> None:
 def test_padding_is_never_seen() -> None:
     pairs, schedule = pairs_of_two_shapes(), make_adapter(params())[1]
     batch = make_batch(pairs, [Draw(1, 300, 5), Draw(4, 10, 6)], schedule, torch.float32, CPU)
-    alone = replace(
-        pairs, latents_w=pairs.latents_w[:, :, :2], latents_l=pairs.latents_l[:, :, :2], latent_sizes=None
-    )
+    alone = replace(pairs, latents_w=pairs.latents_w[:, :, :2], latents_l=pairs.latents_l[:, :, :2], latent_sizes=None)
     expected = make_batch(alone, [Draw(1, 300, 5), Draw(4, 10, 6)], schedule, torch.float32, CPU)
     assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(), vars(expected).values(), strict=True))
 

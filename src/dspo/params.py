@@ -156,7 +156,7 @@ class TrainParams(Section):
     batch_size: Count  # pairs per micro-batch
     gradient_accumulation_steps: Count
     gradient_checkpointing: Annotated[float, Field(ge=0, le=1)]  # share of the UNet's blocks that run twice for memory
-    compile: bool  # the UNet's transformer blocks; the first steps take minutes longer
+    compile: bool  # on a GPU: the UNet's transformer blocks, one graph per kind; the first steps take minutes longer
     prompt_dropout: Share  # per pair
     fixed_draws: Count | None  # noises and timesteps per pair, the reference computed once for each; null: always fresh
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None  # of the adapter; null: off

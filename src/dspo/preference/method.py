@@ -104,8 +104,8 @@ def prepare(unet: UNet2DConditionModel, params: TrainParams) -> None:
         checkpoint_blocks(unet, params.gradient_checkpointing)
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # the order that cuDNN's kernels for 16 bits compute in
-    if params.compile:
-        unet.compile_repeated_blocks()
+        if params.compile:
+            unet.compile_repeated_blocks()
 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, share: float) -> None:

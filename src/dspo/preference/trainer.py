@@ -256,9 +256,8 @@ def held_out_row(method: Method, pairs: Pairs, params: TrainParams, seed: int) -
     """Loss and diagnostics on fixed noise and timesteps, four per pair."""
     n_timesteps = method.schedule.n_timesteps
     draws = held_out_draws(pairs, seed, n_timesteps)
-    parts = []
-    for alike in distributed.share(batches_alike(draws, params.batch_size, lambda draw: pairs.latent_size(draw.row))):
-        parts.append(method.losses(method.batch(pairs, alike), EVERYTHING)[1])
+    batches = batches_alike(draws, params.batch_size, lambda draw: pairs.latent_size(draw.row))
+    parts = [method.losses(method.batch(pairs, batch), EVERYTHING)[1] for batch in distributed.share(batches)]
     columns = joined(merged(parts))
     return {"loss": columns["loss"].mean().item(), **summary(columns, n_timesteps)}
 
