@@ -562,9 +562,30 @@ def test_unknown_prediction_type_is_a_users_mistake() -> None:
 class FakeScorer:
     heads = ("alignment", "overall")
 
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(1, 1)
+
     def score(self, images: list[np.ndarray], captions: list[str], batch_size: int) -> np.ndarray:
         assert len(images) == len(captions)
         return np.array([[0.0, image.mean() / 255] for image in images], dtype=np.float32)
+
+
+def test_only_the_unet_is_on_the_device_between_reward_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dspo.stages import train as stage
+
+    monkeypatch.setattr(stage, "device", lambda: torch.device("meta"))
+    pipe, scorer = tiny_pipeline(), FakeScorer()
+    unet = pipe.unet.to("meta")
+    check = stage.RewardCheck(pipe, scorer, [], load_params(Path("params.yaml")))
+    waiting = (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, scorer.model)
+    assert {next(part.parameters()).device.type for part in waiting} == {"cpu"}
+    moves = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda part, place: moves.append((part, place.type)))
+    with check.on_device():
+        assert moves == [(part, "meta") for part in waiting]
+        moves.clear()
+    assert moves == [(part, "cpu") for part in waiting]
+    assert unet.device.type == "meta"
 
 
 @pytest.mark.parametrize("kill", [False, True])
