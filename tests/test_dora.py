@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_trainer import make_pairs
 from tiny import TEXT_WIDTH, TOKENS, tiny_unet
 
+from dspo.data.keys import keyed_seed
 from dspo.errors import UserError
 from dspo.params import TrainParams, load_params
+from dspo.preference import trainer
+from dspo.preference.dataset import Batch, epoch_order, make_batch, training_draw
 from dspo.preference.dora import Adapter, add_dora, add_lora, load_adapter
+from dspo.preference.schedule import NoiseSchedule
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 
@@ -65,6 +70,15 @@ def stock_peft(adapter: Adapter, dropout: float = 0.0) -> PeftModel:
         for name, parameter in trained.items():
             parameter.copy_(state[name])
     return model
+
+
+def train_adapter_alone(model: PeftModel) -> None:
+    """Dropout in stock peft's adapter, and the base as under ours: in evaluation mode."""
+    model.eval()
+    for module in model.modules():
+        if hasattr(module, "lora_variant"):
+            module.training = True
+            module.lora_dropout.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,18 +136,120 @@ def test_exact_dropout_is_that_of_stock_peft() -> None:
     adapter = add_dora(unet(), params(dropout=0.3), seed=0, exact_dropout=True)
     perturb(adapter)
     stock = stock_peft(adapter, dropout=0.3)
-    stock.base_model.model.eval()  # as the base under our adapter; only the adapter's dropout is on
-    for module in stock.modules():
-        if type(module).__name__ == "Dropout" and module.p == 0.3:
-            module.train()
-    for module in stock.modules():
-        if hasattr(module, "lora_variant"):
-            module.training = True
+    train_adapter_alone(stock)
     adapter.train(True)
     torch.manual_seed(5)
     ours = output(adapter.unet)
     torch.manual_seed(5)
     torch.testing.assert_close(ours, output(stock), rtol=1e-5, atol=2e-6)
+
+
+LOSS_TOLERANCE = 1e-5  # the loss starts at ln 2
+CHANGE_TOLERANCE = 1e-4  # length of the difference over the length of what training changed, per kind of parameter
+
+
+def fifty_steps(**changes: object) -> TrainParams:
+    small = {"loss": "dpo", "beta": 30.0, "lr": 1e-3, "epochs": 5, "batch_size": 2, "ema_decay": None}
+    return params(**{**small, "checkpoint_every_steps": 8, "prompt_dropout": 0.1, **changes})
+
+
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule.of(DDIMScheduler(), torch.device("cpu"))
+
+
+def train_stock_peft(model: PeftModel, p: TrainParams, n: int) -> list[float]:
+    """Diffusion-DPO written plainly on stock peft, on the pairs, noise and timesteps that our trainer draws."""
+    pairs, per_step = make_pairs(n), p.batch_size * p.gradient_accumulation_steps
+    noise = schedule()
+    omega = noise.omega(p.timestep_weight_bias)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [[q for q in trained if q.ndim == 2], [q for q in trained if q.ndim == 1]]
+    decays = (p.weight_decay, 0.0)
+    optimizer = torch.optim.AdamW([{"params": g, "weight_decay": d} for g, d in zip(groups, decays, strict=True)])
+    losses = []
+    for step in range(50):
+        epoch, place = divmod(step, n // per_step)
+        rows = epoch_order(pairs, 0, epoch)[place * per_step : (place + 1) * per_step]
+        total = 0.0
+        for start in range(0, per_step, p.batch_size):
+            micro = rows[start : start + p.batch_size]
+            draws = [training_draw(pairs, row, 0, epoch, noise.n_timesteps, p.prompt_dropout) for row in micro]
+            b = make_batch(pairs, draws, noise, torch.float32, torch.device("cpu"))
+
+            def margin(b: Batch = b) -> torch.Tensor:
+                conditions = {"text_embeds": b.pooled.repeat(2, 1), "time_ids": b.time_ids.repeat(2, 1)}
+                text, noisy = b.embeds.repeat(2, 1, 1), torch.cat([b.noisy_w, b.noisy_l])
+                out = model(noisy, b.t.repeat(2), encoder_hidden_states=text, added_cond_kwargs=conditions).sample
+                winner, loser = ((out - torch.cat([b.target_w, b.target_l])) ** 2).mean(dim=(1, 2, 3)).chunk(2)
+                return winner - loser
+
+            with torch.no_grad(), model.disable_adapter():
+                reference = margin()
+            torch.manual_seed(keyed_seed(0, "adapter dropout", step, start))
+            policy = margin()
+            per_pair = -torch.nn.functional.logsigmoid(-p.beta / 2 * omega[b.t] * (policy - reference))
+            loss = (b.weight * per_pair).sum() / (per_step * pairs.weight.mean())
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, p.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = p.lr * min(1.0, (step + 1) / p.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+class Killed(BaseException):
+    pass
+
+
+RECOMPUTED = {"gradient_accumulation_steps": 3, "gradient_checkpointing": 1.0, "dropout": 0.2}
+
+
+@pytest.mark.parametrize(("n", "changes", "killed_at"), [(20, {}, None), (20, {}, 29), (60, RECOMPUTED, 29)])
+def test_fifty_steps_of_training_are_those_of_stock_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, object], killed_at: int | None
+) -> None:
+    p = fifty_steps(**changes)
+
+    def ours() -> tuple[Adapter, trainer.Trained]:
+        adapter = add_dora(unet(), p, seed=0, exact_dropout=True)
+        return adapter, trainer.train(adapter, schedule(), make_pairs(n), make_pairs(1, 1), p, 0, tmp_path)
+
+    if killed_at is not None:  # at no checkpoint's step
+        clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 51))
+
+        def clip_or_die(*args: object, **keywords: object) -> torch.Tensor:
+            if next(calls) == killed_at:
+                raise Killed
+            return clip(*args, **keywords)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die)
+            ours()
+    adapter, trained = ours()
+    untrained = add_dora(unet(), p, seed=0)
+    stock = stock_peft(untrained, p.dropout)
+    train_adapter_alone(stock)
+    losses = train_stock_peft(stock, p, n)
+    assert len(trained.log) == len(losses) == 50
+    assert [row["loss"] for row in trained.log] == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    assert_same_change(adapter, stock, untrained.state())
+
+    stock.eval()
+    adapter.save(tmp_path / "adapter", "models/base")
+    torch.testing.assert_close(output(load_adapter(unet(), tmp_path / "adapter")), output(stock), rtol=0, atol=1e-4)
+
+
+def assert_same_change(adapter: Adapter, stock: PeftModel, before: dict[str, torch.Tensor]) -> None:
+    theirs = dict(stock.base_model.model.named_parameters())
+    for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        names = [name for name in before if kind in name]
+        change = torch.cat([(theirs[name].detach() - before[name]).flatten() for name in names])
+        apart = torch.cat([(theirs[name].detach() - adapter.parameters[name].detach()).flatten() for name in names])
+        assert change.norm() > 0.1
+        assert apart.norm() < CHANGE_TOLERANCE * change.norm()
 
 
 def test_fast_dropout_differs_only_while_training() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspo.data.images import write_table
 from dspo.data.records import PAIRS
@@ -21,6 +26,7 @@ from dspo.params import LossName, TrainParams, load_params
 from dspo.preference import trainer
 from dspo.preference.checkpoint import load_checkpoint
 from dspo.preference.dataset import (
+    Batch,
     Draw,
     Pairs,
     epoch_order,
@@ -32,9 +38,9 @@ from dspo.preference.dataset import (
 )
 from dspo.preference.dora import Adapter, add_dora
 from dspo.preference.losses import NEEDS
-from dspo.preference.method import Method, predict
+from dspo.preference.method import Method, References, predict, predict_reference, prepare
 from dspo.preference.schedule import NoiseSchedule
-from dspo.preference.trainer import CHECKPOINT, LOG, Trained, train
+from dspo.preference.trainer import CHECKPOINT, LOG, Trained, micro_batches, train
 
 CPU = torch.device("cpu")
 
@@ -147,11 +153,199 @@ def test_cutting_the_batch_changes_nothing(tmp_path: Path, loss: LossName) -> No
                 assert row["u_std"] == pytest.approx(expected["u_std"], rel=1e-2, abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, share: float) -> None:
     plain = run(params(), tmp_path / "plain")
-    checkpointed = run(params(gradient_checkpointing=True), tmp_path / "checkpointed")
+    checkpointed = run(params(gradient_checkpointing=share), tmp_path / "checkpointed")
     for a, b in zip(plain.log, checkpointed.log, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_share_of_checkpointed_blocks_is_what_runs_twice() -> None:
+    def recomputed(share: float | None) -> list[str]:
+        p = params(gradient_checkpointing=share or 0.0, loss="sft")
+        adapter, schedule = make_adapter(p)
+        if share is None:
+            adapter.unet.enable_gradient_checkpointing()  # all, by diffusers itself
+        prepare(adapter.unet, p)
+        passes = []
+        for name, block in adapter.unet.named_modules():
+            if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
+                block.register_forward_pre_hook(lambda _module, _args, name=name: passes.append(name))
+        method = Method(adapter, schedule, p, False)
+        losses, _ = method.losses(method.batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)]), method.needs)
+        losses.sum().backward()
+        return sorted(name for name in set(passes) if passes.count(name) == 2)
+
+    every = recomputed(None)  # but the first blocks, which have nothing to train before them
+    assert recomputed(0.0) == []
+    assert recomputed(1.0) == every
+    assert len(every) / 4 < len(recomputed(0.5)) < len(every)
+    assert set(recomputed(0.5)) < set(every)
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts what would make a GPU's host wait: `item`, `bool` and the like of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: object, _types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("fixed_draws", [None, 1])
+def test_nothing_is_read_from_the_device_within_an_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixed_draws: int | None
+) -> None:
+    at: list[int] = []
+    reads = ScalarReads()
+    copies = 0
+
+    def marked(name: str) -> None:
+        original = getattr(trainer, name)
+
+        def call(*args: object, **keywords: object) -> object:
+            at.append(reads.count + copies)
+            result = original(*args, **keywords)
+            at.append(reads.count + copies)
+            return result
+
+        monkeypatch.setattr(trainer, name, call)
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal copies
+        copies += 1
+        return tensor
+
+    marked("read")
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    p = params(epochs=2, checkpoint_every_steps=4, batch_size=1, loss="dspo_two_sided", fixed_draws=fixed_draws)
+    with reads:
+        trained = run(p, tmp_path, n=8)
+    assert trained.steps == 16
+    starts, ends = at[::2], at[1::2]
+    assert len(starts) == 4  # after 4, 8, 12 and 16 steps
+    assert starts[1] == ends[0]  # nothing in steps 5 to 8
+    assert starts[3] == ends[2]
+    assert ends[0] > starts[0]  # the counter counts
+
+
+def test_eight_bit_optimizer_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        run(params(optimizer="adamw8bit"), tmp_path)
+
+
+def test_eight_bit_optimizer_trains_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    large = {"rank": 64, "epochs": 2}  # small tensors keep whole moments
+    plain = run(params(**large), tmp_path / "plain")
+    trained = run(params(**large, optimizer="adamw8bit"), tmp_path / "whole")
+    moments = load_checkpoint(tmp_path / "whole" / CHECKPOINT, plain.adapter, CPU).optimizer["state"].values()
+    assert any("8bit" in type(one["exp_avg"]).__name__ for one in moments)
+    for name, tensor in trained.adapter.items():
+        torch.testing.assert_close(tensor, plain.adapter[name], rtol=0, atol=6e-3)  # of at most 6 steps of 1e-3
+    assert trained.log[-1]["loss"] == pytest.approx(plain.log[-1]["loss"], rel=1e-2)
+    run(params(**large | {"epochs": 1}, optimizer="adamw8bit"), tmp_path / "parts")
+    assert same(run(params(**large, optimizer="adamw8bit"), tmp_path / "parts"), trained)
+
+
+def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: there `train.compile` does it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"loss": "dpo", "epochs": 2, "batch_size": 2, "dropout": 0.0, "gradient_checkpointing": 0.5}
+    plain = run(params(**options), tmp_path / "plain", n=6)
+
+    def prepare_compiled(unet: UNet2DConditionModel, p: TrainParams) -> None:
+        prepare(unet, p)
+        unet.compile_repeated_blocks()
+
+    monkeypatch.setattr(trainer, "prepare", prepare_compiled)
+    compiled = run(params(**options), tmp_path / "compiled", n=6)
+    for a, b in zip(compiled.log, plain.log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] <= 6  # for all blocks together
+
+
+def pairs_of_two_shapes() -> Pairs:
+    pairs = make_pairs(7)
+    sizes = torch.tensor([[4, 4], [2, 6], [2, 6], [4, 4], [2, 6], [4, 4], [4, 4]])
+    inside = torch.stack([(torch.arange(4) < h)[:, None] & (torch.arange(6) < w) for h, w in sizes.tolist()])
+    g = torch.Generator().manual_seed(5)
+    latents = [torch.randn(7, 4, 4, 6, generator=g).half() * inside[:, None] for _ in range(2)]
+    return replace(pairs, latents_w=latents[0], latents_l=latents[1], latent_sizes=sizes)
+
+
+def test_batches_hold_latents_of_one_shape(tmp_path: Path) -> None:
+    pairs = pairs_of_two_shapes()
+    batches = micro_batches(pairs, params(batch_size=2), seed=0, epoch=0)
+    assert sorted(row for batch in batches for row in batch) == list(range(7))
+    assert sorted(map(len, batches)) == [1, 2, 2, 2]
+    assert all(len({pairs.latent_size(row) for row in batch}) == 1 for batch in batches)
+
+    p = params(epochs=2, batch_size=2, gradient_accumulation_steps=3)
+    adapter, schedule = make_adapter(p)
+    shapes = []
+    adapter.unet.register_forward_pre_hook(lambda _module, args: shapes.append(tuple(args[0].shape[2:])))
+    trained = train(adapter, schedule, pairs, pairs, p, 0, tmp_path)
+    assert trained.steps == 4
+    assert set(shapes) == {(4, 4), (2, 6)}
+
+
+def test_padding_is_never_seen() -> None:
+    pairs, schedule = pairs_of_two_shapes(), make_adapter(params())[1]
+    batch = make_batch(pairs, [Draw(1, 300, 5), Draw(4, 10, 6)], schedule, torch.float32, CPU)
+    alone = replace(pairs, latents_w=pairs.latents_w[:, :, :2], latents_l=pairs.latents_l[:, :, :2], latent_sizes=None)
+    expected = make_batch(alone, [Draw(1, 300, 5), Draw(4, 10, 6)], schedule, torch.float32, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(), vars(expected).values(), strict=True))
+
+
+@pytest.mark.parametrize("loss", ["dspo_two_sided", "dpo", "dspo"])
+def test_cached_reference_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: LossName) -> None:
+    p = params(loss=loss, epochs=4, fixed_draws=2, checkpoint_every_steps=1)
+    seen = []
+    disabled = Adapter.disabled
+    monkeypatch.setattr(Adapter, "disabled", lambda self: seen.append(0) or disabled(self))
+    cached = run(p, tmp_path / "cached")
+    # 3 micro-batches in each of 2 epochs of 4, and 3 batches of held-out draws before the training and after each epoch
+    assert len(seen) == 2 * 3 + 5 * 3
+
+    def always(self: References, _key: object, adapter: Adapter, batch: Batch) -> torch.Tensor:
+        return predict_reference(adapter, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(References, "of", always)
+        fresh = run(p, tmp_path / "fresh")
+    assert same(cached, fresh)
+    assert (tmp_path / "cached" / LOG).read_bytes() == (tmp_path / "fresh" / LOG).read_bytes()
+    # Resumed in the third epoch, where nothing is cached.
+    run(params(loss=loss, epochs=2, fixed_draws=2, checkpoint_every_steps=1), tmp_path / "parts")
+    assert same(run(p, tmp_path / "parts"), cached)
+
+
+def test_cached_reference_in_sixteen_bits_loses_none() -> None:
+    p = params(loss="dpo", fixed_draws=1)
+    pipe = tiny_pipeline()
+    adapter = add_dora(pipe.unet.to(torch.bfloat16), p, seed=0)
+    method = Method(adapter, NoiseSchedule.of(pipe.scheduler, CPU), p, False)
+    batch = method.batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
+    references = References()
+    first, second = (references.of("key", adapter, batch) for _ in range(2))
+    assert first.dtype == second.dtype == torch.float32
+    assert torch.equal(first, second)
+    assert torch.equal(method.losses(batch, method.needs, second)[0], method.losses(batch, method.needs)[0])
+
+
+def test_fixed_draws_come_again(tmp_path: Path) -> None:
+    trained = run(params(epochs=4, fixed_draws=2, lr=1e-12, dropout=0.0), tmp_path)
+    gaps = [row["u_std"] is not None and row["loss"] for row in trained.log]
+    assert gaps[:6] == pytest.approx(gaps[6:], rel=1e-4)
+    assert gaps[:3] != pytest.approx(gaps[3:6], rel=1e-2)
 
 
 @pytest.mark.parametrize("loss", NEEDS)
@@ -368,9 +562,30 @@ def test_unknown_prediction_type_is_a_users_mistake() -> None:
 class FakeScorer:
     heads = ("alignment", "overall")
 
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(1, 1)
+
     def score(self, images: list[np.ndarray], captions: list[str], batch_size: int) -> np.ndarray:
         assert len(images) == len(captions)
         return np.array([[0.0, image.mean() / 255] for image in images], dtype=np.float32)
+
+
+def test_only_the_unet_is_on_the_device_between_reward_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dspo.stages import train as stage
+
+    monkeypatch.setattr(stage, "device", lambda: torch.device("meta"))
+    pipe, scorer = tiny_pipeline(), FakeScorer()
+    unet = pipe.unet.to("meta")
+    check = stage.RewardCheck(pipe, scorer, [], load_params(Path("params.yaml")))
+    waiting = (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, scorer.model)
+    assert {next(part.parameters()).device.type for part in waiting} == {"cpu"}
+    moves = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda part, place: moves.append((part, place.type)))
+    with check.on_device():
+        assert moves == [(part, "meta") for part in waiting]
+        moves.clear()
+    assert moves == [(part, "cpu") for part in waiting]
+    assert unet.device.type == "meta"
 
 
 @pytest.mark.parametrize("kill", [False, True])

@@ -23,7 +23,7 @@ from dspo.errors import UserError
 from dspo.params import BaseModelParams, TrainParams
 from dspo.preference.dataset import Batch
 from dspo.preference.dora import Adapter, add_dora
-from dspo.preference.method import Method
+from dspo.preference.method import Method, checkpoint_blocks
 from dspo.preference.schedule import NoiseSchedule
 
 META = torch.device("meta")
@@ -83,7 +83,7 @@ def training_peak(adapter: Adapter, base: Base, params: TrainParams, resolution:
     noise = NoiseSchedule(torch.zeros(1000, device=META), "epsilon")
     method = Method(adapter, noise, params, permute_k=False)
     if params.gradient_checkpointing:
-        adapter.unet.enable_gradient_checkpointing()
+        checkpoint_blocks(adapter.unet, params.gradient_checkpointing)
     batch = _batch(base, params.batch_size, resolution // 8)
     adapter.train(True)
     with fused_attention(), Peak() as peak:

@@ -147,6 +147,7 @@ class TrainParams(Section):
     alpha: Count
     dropout: Share
     target_modules: Annotated[list[str], Field(min_length=1)]
+    optimizer: Literal["adamw", "adamw8bit"]  # the second keeps its moments in 8 bits and needs the package torchao
     lr: Positive
     weight_decay: NonNegative
     warmup_steps: int = Field(ge=0)
@@ -154,8 +155,10 @@ class TrainParams(Section):
     epochs: Count
     batch_size: Count  # pairs per micro-batch
     gradient_accumulation_steps: Count
-    gradient_checkpointing: bool
+    gradient_checkpointing: Annotated[float, Field(ge=0, le=1)]  # share of the UNet's blocks that run twice for memory
+    compile: bool  # on a GPU: the UNet's transformer blocks, one graph per kind; the first steps take minutes longer
     prompt_dropout: Share  # per pair
+    fixed_draws: Count | None  # noises and timesteps per pair, the reference computed once for each; null: always fresh
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None  # of the adapter; null: off
     checkpoint_every_steps: Count
     validation_prompts: Count  # prompts of the reward check after each epoch

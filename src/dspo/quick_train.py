@@ -71,7 +71,8 @@ def quick_train(params: Params, prompts_file: Path, reward: Path, num_pairs: int
     write_rows(trained.log, logs / "log.csv")
     write_rows(trained.epochs, logs / "epochs.csv")
     write_json(metrics(trained, len(pairs), len(held_out)), logs / "metrics.json")
-    change = before_and_after(pipe, adapter, scorer, validation, world, params.seed, logs)
+    with check.on_device():
+        change = before_and_after(pipe, adapter, scorer, validation, world, params.seed, logs)
     scratch.publish(
         {
             "adapter": output / "dora_weights",

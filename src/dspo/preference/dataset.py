@@ -1,8 +1,10 @@
 """The scored pairs as tensors, and the keyed draws that make training batches of them."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,10 @@ COLUMNS = (
     "pair_id", "prompt_id", "weight", "rca_0", "rca_1", "width", "height", "latent_0", "latent_1", "latent_shape",
 )  # fmt: skip
 
+LATENT_CHANNELS = 4
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -34,9 +40,15 @@ class Pairs:
     text_row: Tensor  # [n] int64: row of the prompt in embeds and pooled
     embeds: Tensor  # [m + 1, L, C]; the last row is the empty prompt
     pooled: Tensor  # [m + 1, P]
+    latent_sizes: Tensor | None = None  # [n, 2] int64: a pair's own h and w, all beyond is padding; None: no padding
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def latent_size(self, row: int) -> tuple[int, int]:
+        """h and w of this pair's latents."""
+        h, w = self.latents_w.shape[2:] if self.latent_sizes is None else self.latent_sizes[row].tolist()
+        return h, w
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Draw:
 def load_pairs(folder: Path) -> tuple[Pairs, Pairs]:
     """Train and validation pairs of a folder that the stage `score` wrote.
 
-    Raises :class:`UserError` for missing or damaged files, no pairs, latents of several shapes, prompts without text.
+    Raises :class:`UserError` for missing or damaged files, no pairs, prompts without text.
     """
     text = _load_text(folder / "text.safetensors")
     prompts = sorted(
@@ -89,17 +101,19 @@ def load_pairs(folder: Path) -> tuple[Pairs, Pairs]:
         unknown = [prompt for prompt in column["prompt_id"] if prompt not in row_of]
         if unknown:
             raise UserError(f"{path}: no text embedding of prompt {unknown[0]}; run the stage score again")
+        sizes = _latent_sizes(table)
         rca = torch.tensor([column["rca_0"], column["rca_1"]], dtype=torch.float64)
         return Pairs(
             ids=column["pair_id"],
-            latents_w=_latents(table, "latent_0", path),
-            latents_l=_latents(table, "latent_1", path),
+            latents_w=_latents(table, "latent_0", sizes, path),
+            latents_l=_latents(table, "latent_1", sizes, path),
             weight=torch.tensor(column["weight"], dtype=torch.float32),
             delta=(rca[0] - rca[1]).float(),
             size=torch.tensor([column["height"], column["width"]], dtype=torch.float32).T.contiguous(),
             text_row=torch.tensor([row_of[prompt] for prompt in column["prompt_id"]]),
             embeds=embeds,
             pooled=pooled,
+            latent_sizes=sizes if len(sizes.unique(dim=0)) > 1 else None,
         )
 
     return read(folder / "train.parquet"), read(folder / "validation.parquet")
@@ -120,6 +134,20 @@ def with_random_labels(pairs: Pairs, seed: int) -> Pairs:
 def epoch_order(pairs: Pairs, seed: int, epoch: int) -> list[int]:
     """Rows of all pairs, shuffled by keys of their ids."""
     return sorted(range(len(pairs)), key=lambda row: keyed_seed(seed, "order", epoch, pairs.ids[row]))
+
+
+def batches_alike(items: Sequence[T], size: int, kind: Callable[[T], Hashable]) -> list[list[T]]:
+    """Cut into batches of ``size`` that are of one kind each, in the order in which they fill up; the rest last.
+
+    Of one kind alone, these are the items in their order.
+    """
+    batches: list[list[T]] = []
+    filling: dict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        filling[kind(item)].append(item)
+        if len(filling[kind(item)]) == size:
+            batches.append(filling.pop(kind(item)))
+    return batches + list(filling.values())
 
 
 def training_draw(pairs: Pairs, row: int, seed: int, epoch: int, n_timesteps: int, prompt_dropout: float) -> Draw:
@@ -151,28 +179,35 @@ def make_batch(
 ) -> Batch:
     """Noise the drawn pairs. SDXL's size conditions are the images' own: original = target size, crop at (0, 0)."""
     rows = torch.tensor([draw.row for draw in draws])
-    shape = pairs.latents_w.shape[1:]
-    noise = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(draw.noise_seed)) for draw in draws]
-    ).to(device)
-    t = torch.tensor([draw.t for draw in draws], device=device)
+    ((h, w),) = {pairs.latent_size(draw.row) for draw in draws}
+    shape = (pairs.latents_w.shape[1], h, w)
+    noise = on_device(
+        torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(draw.noise_seed)) for draw in draws]),
+        device,
+    )
+    t = on_device(torch.tensor([draw.t for draw in draws]), device)
     dropped = torch.tensor([draw.drop_prompt for draw in draws])
     text = torch.where(dropped, len(pairs.embeds) - 1, pairs.text_row[rows])
     size = pairs.size[rows]
-    winner = pairs.latents_w[rows].to(device).float()
-    loser = pairs.latents_l[rows].to(device).float()
+    winner = on_device(pairs.latents_w[rows, :, :h, :w], device).float()
+    loser = on_device(pairs.latents_l[rows, :, :h, :w], device).float()
     return Batch(
         noisy_w=schedule.add_noise(winner, noise, t).to(dtype),
         noisy_l=schedule.add_noise(loser, noise, t).to(dtype),
         target_w=schedule.target(winner, noise, t),
         target_l=schedule.target(loser, noise, t),
         t=t,
-        embeds=pairs.embeds[text].to(device, dtype),
-        pooled=pairs.pooled[text].to(device, dtype),
-        time_ids=torch.cat([size, torch.zeros_like(size), size], dim=1).to(device),
-        weight=pairs.weight[rows].to(device),
-        delta=pairs.delta[rows].to(device),
+        embeds=on_device(pairs.embeds[text], device).to(dtype),
+        pooled=on_device(pairs.pooled[text], device).to(dtype),
+        time_ids=on_device(torch.cat([size, torch.zeros_like(size), size], dim=1), device),
+        weight=on_device(pairs.weight[rows], device),
+        delta=on_device(pairs.delta[rows], device),
     )
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The CPU's tensor on the device, without waiting for what that still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _load_text(path: Path) -> dict[str, Tensor]:
@@ -187,13 +222,18 @@ def _load_text(path: Path) -> dict[str, Tensor]:
     return text
 
 
-def _latents(table: pa.Table, column: str, path: Path) -> Tensor:
-    """[n, 4, h, w] float16 from bytes."""
-    shapes = {tuple(shape) for shape in table["latent_shape"].to_pylist()}
-    if len(shapes) > 1:
-        raise UserError(f"{path}: latents of several shapes ({sorted(shapes)}); generate all candidates at one size")
-    (shape,) = shapes
-    latents = [np.frombuffer(data, dtype="<f2") for data in table[column].to_pylist()]
-    if any(latent.size != np.prod(shape) for latent in latents):
-        raise UserError(f"{path}: {column} does not have the size that latent_shape {list(shape)} says")
-    return torch.from_numpy(np.stack(latents).reshape(-1, *shape).copy())
+def _latent_sizes(table: pa.Table) -> Tensor:
+    """h and w of every pair's latents, [n, 2]."""
+    return torch.tensor([shape[1:] for shape in table["latent_shape"].to_pylist()])
+
+
+def _latents(table: pa.Table, column: str, sizes: Tensor, path: Path) -> Tensor:
+    """[n, 4, h, w] float16 from bytes; zeros fill up what is smaller than the largest h and w."""
+    high, wide = sizes.amax(0).tolist()
+    padded = torch.zeros(len(table), LATENT_CHANNELS, high, wide, dtype=torch.float16)
+    for row, (data, (h, w)) in enumerate(zip(table[column].to_pylist(), sizes.tolist(), strict=True)):
+        latent = np.frombuffer(data, dtype="<f2")
+        if latent.size != LATENT_CHANNELS * h * w:
+            raise UserError(f"{path}: {column} does not have the size that latent_shape {[LATENT_CHANNELS, h, w]} says")
+        padded[row, :, :h, :w] = torch.from_numpy(latent.reshape(LATENT_CHANNELS, h, w).copy())
+    return padded

@@ -1,13 +1,16 @@
 """The loss of a batch: which forward passes it takes, and what they say."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dspo.params import TrainParams
-from dspo.preference.dataset import Batch, Draw, Pairs, make_batch
+from dspo.preference.dataset import Batch, Draw, Pairs, make_batch, on_device
 from dspo.preference.diagnostics import Columns, pair_columns
 from dspo.preference.dora import Adapter
 from dspo.preference.losses import NEEDS, Needs, Predictions, Strength, pair_losses, shared_terms
@@ -28,30 +31,57 @@ class Method:
     def batch(self, pairs: Pairs, draws: Sequence[Draw]) -> Batch:
         return make_batch(pairs, draws, self.schedule, self.adapter.dtype, self.adapter.device)
 
-    def losses(self, batch: Batch, needs: Needs) -> tuple[Tensor, Columns]:
-        """Loss of every pair, [B], and the diagnostics that ``needs`` allows for."""
-        p = predict(self.adapter, batch, needs)
+    def losses(self, batch: Batch, needs: Needs, reference: Tensor | None = None) -> tuple[Tensor, Columns]:
+        """Loss of every pair, [B], and the diagnostics that ``needs`` allows for. ``reference``: as in `predict`."""
+        p = predict(self.adapter, batch, needs, reference)
         terms = shared_terms(p, self.strength.beta, self.omega[batch.t])
         losses = pair_losses(self.loss, p, terms, batch.delta, self.strength)
         return losses, pair_columns(losses, p, terms, batch.t, self.pull_strength)
 
 
-def predict(adapter: Adapter, batch: Batch, needs: Needs) -> Predictions:
-    """Run the UNet as often as ``needs`` asks, winner and loser in one batch; predictions are float32."""
-    both = torch.cat([batch.noisy_w, batch.noisy_l])
+class References:
+    """What the reference says of micro-batches that come again, in host memory.
+
+    Predictions and not errors, since a DSPO target is made of them: 0.26 MB per pair and draw at 1024 px in bfloat16.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def of(self, key: Hashable, adapter: Adapter, batch: Batch) -> Tensor:
+        """The reference's prediction [2 B, 4, h, w], computed where ``key`` is new; equal keys mean equal batches."""
+        if key in self._kept:
+            return on_device(self._kept[key], adapter.device).float()
+        predicted = predict_reference(adapter, batch)
+        kept = torch.empty(predicted.shape, dtype=adapter.dtype, pin_memory=adapter.device.type == "cuda")
+        self._kept[key] = kept.copy_(predicted, non_blocking=True)
+        return predicted
+
+
+def predict(adapter: Adapter, batch: Batch, needs: Needs, reference: Tensor | None = None) -> Predictions:
+    """Run the UNet as often as ``needs`` asks, winner and loser in one batch; predictions are float32.
+
+    ``reference`` [2 B, 4, h, w]: what :func:`predict_reference` says, where that is known already.
+    """
     r_w = r_l = e_l = None
     # The reference first: no graph of the policy is alive meanwhile.
-    with torch.no_grad():
-        if needs.reference:
-            with adapter.disabled():
-                r_w, r_l = forward(adapter.unet, both, batch).chunk(2)
-        if needs.loser == "value":
+    if needs.reference:
+        r_w, r_l = (predict_reference(adapter, batch) if reference is None else reference).chunk(2)
+    if needs.loser == "value":
+        with torch.no_grad():
             e_l = forward(adapter.unet, batch.noisy_l, batch)
     if needs.loser == "gradient":
-        e_w, e_l = forward(adapter.unet, both, batch).chunk(2)
+        e_w, e_l = forward(adapter.unet, torch.cat([batch.noisy_w, batch.noisy_l]), batch).chunk(2)
     else:
         e_w = forward(adapter.unet, batch.noisy_w, batch)
     return Predictions(e_w=e_w, y_w=batch.target_w, e_l=e_l, y_l=batch.target_l, r_w=r_w, r_l=r_l)
+
+
+@torch.no_grad()
+def predict_reference(adapter: Adapter, batch: Batch) -> Tensor:
+    """The UNet without the adapter on the winners, then the losers, [2 B, 4, h, w] float32."""
+    with adapter.disabled():
+        return forward(adapter.unet, torch.cat([batch.noisy_w, batch.noisy_l]), batch)
 
 
 def forward(unet: UNet2DConditionModel, noisy: Tensor, batch: Batch) -> Tensor:
@@ -66,3 +96,24 @@ def forward(unet: UNet2DConditionModel, noisy: Tensor, batch: Batch) -> Tensor:
         return_dict=False,
     )[0]
     return prediction.float()
+
+
+def prepare(unet: UNet2DConditionModel, params: TrainParams) -> None:
+    """Make the UNet, with its adapter in it, ready for many passes: in place, and for good."""
+    if params.gradient_checkpointing:
+        checkpoint_blocks(unet, params.gradient_checkpointing)
+    if unet.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # the order that cuDNN's kernels for 16 bits compute in
+        if params.compile:
+            unet.compile_repeated_blocks()
+
+
+def checkpoint_blocks(unet: UNet2DConditionModel, share: float) -> None:
+    """Let this share of the residual and transformer blocks, evenly spread, forget what it can compute again."""
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
+    chosen = {block for i, block in enumerate(blocks) if int((i + 1) * share) > int(i * share)}
+
+    def run(block: torch.nn.Module, *arguments: object) -> object:
+        return checkpoint(block, *arguments, use_reentrant=False) if block in chosen else block(*arguments)
+
+    unet.enable_gradient_checkpointing(run)

@@ -5,6 +5,8 @@ kill, call :func:`train` again with the same arguments. Both ways end in the sam
 
 Several processes share out the micro-batches of a step, which stay those of one process; only the order in which their
 gradients are summed differs. The first process writes.
+
+A step never waits for the device: its figures stay there until an epoch or a checkpoint is due.
 """
 
 import json
@@ -17,17 +19,25 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from dspo import distributed
 from dspo.data.keys import keyed_seed
 from dspo.errors import UserError
 from dspo.params import TrainParams
 from dspo.preference.checkpoint import Best, TrainingState, load_checkpoint, save_checkpoint
-from dspo.preference.dataset import Pairs, epoch_order, held_out_draws, training_draw, with_random_labels
+from dspo.preference.dataset import (
+    Pairs,
+    batches_alike,
+    epoch_order,
+    held_out_draws,
+    training_draw,
+    with_random_labels,
+)
 from dspo.preference.diagnostics import Columns, Row, joined, summary
 from dspo.preference.dora import Adapter, State
 from dspo.preference.losses import EVERYTHING
-from dspo.preference.method import Method
+from dspo.preference.method import Method, References, prepare
 from dspo.preference.schedule import NoiseSchedule
 from dspo.progress import progress
 
@@ -44,6 +54,16 @@ class Trained:
     steps: int
     log: list[Row]  # one row per step
     epochs: list[Row]  # one row per epoch, the untrained adapter's first
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step leaves on the device."""
+
+    known: Row  # its number, epoch and learning rate
+    loss: Tensor
+    gradient_norm: Tensor
+    columns: list[Columns]  # of this process's micro-batches
 
 
 def train(
@@ -74,42 +94,49 @@ def train(
             params.gradient_accumulation_steps,
             distributed.count(),
         )
-    pairs_per_step = params.batch_size * params.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(pairs) / pairs_per_step)
+    accumulated = params.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(micro_batches(pairs, params, seed, 0)) / accumulated)
     n_steps = steps_per_epoch * params.epochs
 
     method = Method(adapter, schedule, params, permute_k)
-    if params.gradient_checkpointing:
-        adapter.unet.enable_gradient_checkpointing()
+    references = References()
+    prepare(adapter.unet, params)
     parameters = list(adapter.parameters.values())
     optimizer = make_optimizer(adapter, params)
     folder.mkdir(parents=True, exist_ok=True)
     state = resume(adapter, optimizer, params, folder)
     if not state.epochs:
         state.epochs.append(check(method, state, held_out, params, seed, reward_check))
+    unread: list[Step] = []
+    epoch_batches: list[list[int]] = []
 
     cuda = [adapter.device] if adapter.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # the adapter's dropout draws from the global generator
         for step in progress(range(state.step, n_steps), n_steps - state.step, "train"):
             epoch, step_in_epoch = divmod(step, steps_per_epoch)
-            order = epoch_order(pairs, seed, epoch)
-            rows = order[step_in_epoch * pairs_per_step : (step_in_epoch + 1) * pairs_per_step]
-            for group in optimizer.param_groups:
-                group["lr"] = params.lr * min(1.0, (step + 1) / max(1, params.warmup_steps))
+            drawn = epoch if params.fixed_draws is None else epoch % params.fixed_draws
+            if step_in_epoch == 0 or not epoch_batches:
+                epoch_batches = micro_batches(pairs, params, seed, drawn)
+            batches = epoch_batches[step_in_epoch * accumulated : (step_in_epoch + 1) * accumulated]
+            n_pairs = sum(map(len, batches))
+            lr = params.lr * min(1.0, (step + 1) / max(1, params.warmup_steps))
+            set_lr(optimizer, lr)
 
             adapter.train(True)
             loss = torch.zeros((), device=adapter.device)
             measured = []
-            for start in distributed.share(range(0, len(rows), params.batch_size)):
+            for number, rows in distributed.share(enumerate(batches)):
                 draws = [
-                    training_draw(pairs, row, seed, epoch, schedule.n_timesteps, params.prompt_dropout)
-                    for row in rows[start : start + params.batch_size]
+                    training_draw(pairs, row, seed, drawn, schedule.n_timesteps, params.prompt_dropout) for row in rows
                 ]
                 batch = method.batch(pairs, draws)
-                torch.manual_seed(keyed_seed(seed, "adapter dropout", step, start))
-                losses, columns = method.losses(batch, method.needs)
+                reference = None
+                if params.fixed_draws is not None and method.needs.reference:
+                    reference = references.of((drawn, step_in_epoch, number), adapter, batch)
+                torch.manual_seed(keyed_seed(seed, "adapter dropout", step, number * params.batch_size))
+                losses, columns = method.losses(batch, method.needs, reference)
                 # The step's pairs and the whole set's mean weight: cutting into micro-batches changes nothing.
-                share = (batch.weight * losses).sum() / (len(rows) * mean_weight)
+                share = (batch.weight * losses).sum() / (n_pairs * mean_weight)
                 torch.autograd.backward(share)
                 loss += share.detach()
                 measured.append(columns)
@@ -118,26 +145,24 @@ def train(
             distributed.add_up([loss])
 
             norm = torch.nn.utils.clip_grad_norm_(parameters, params.max_grad_norm)
-            if not torch.isfinite(norm + loss):
-                raise UserError(f"train: the loss is {loss.item()} at step {step + 1}; lower train.lr or train.beta")
             optimizer.step()
             optimizer.zero_grad()
             adapter.refresh()
             if state.ema is not None:
                 update_average(state.ema, adapter, params, step)
             state.step = step + 1
-
-            row: Row = {"step": step + 1, "epoch": epoch + 1, "loss": loss.item(), "gradient_norm": norm.item()}
-            row["lr"] = optimizer.param_groups[0]["lr"]
-            state.log.append(row | summary(joined(merged(measured)), schedule.n_timesteps))
-            append_row(folder / LOG, state.log[-1])
+            unread.append(Step({"step": step + 1, "epoch": epoch + 1, "lr": lr}, loss, norm, measured))
 
             epoch_ends = step_in_epoch == steps_per_epoch - 1
-            if epoch_ends:
-                state.epochs.append(check(method, state, held_out, params, seed, reward_check))
-                keep_best(state, adapter)
-                logger.info("train %s", told(state.epochs[-1]))
             if epoch_ends or state.step % params.checkpoint_every_steps == 0:
+                for row in read(unread, schedule.n_timesteps):
+                    state.log.append(row)
+                    append_row(folder / LOG, row)
+                unread.clear()
+                if epoch_ends:
+                    state.epochs.append(check(method, state, held_out, params, seed, reward_check))
+                    keep_best(state, adapter)
+                    logger.info("train %s", told(state.epochs[-1]))
                 state.adapter, state.optimizer = adapter.state(), optimizer.state_dict()
                 if distributed.first():
                     save_checkpoint(folder / CHECKPOINT, state)
@@ -147,12 +172,50 @@ def train(
     return Trained(state.best.adapter, state.best.epoch, state.step, state.log, state.epochs)
 
 
-def make_optimizer(adapter: Adapter, params: TrainParams) -> torch.optim.AdamW:
-    """AdamW; magnitudes are not decayed, since their rest is ||W|| and not 0."""
+def micro_batches(pairs: Pairs, params: TrainParams, seed: int, epoch: int) -> list[list[int]]:
+    """The epoch's pairs, by rows: `batch_size` at a time, of one latent size each."""
+    return batches_alike(epoch_order(pairs, seed, epoch), params.batch_size, pairs.latent_size)
+
+
+def make_optimizer(adapter: Adapter, params: TrainParams) -> torch.optim.Optimizer:
+    """AdamW; magnitudes are not decayed, since their rest is ||W|| and not 0.
+
+    Raises :class:`UserError` if the package for moments of 8 bits is missing.
+    """
     matrices = [p for p in adapter.parameters.values() if p.ndim == 2]
     vectors = [p for p in adapter.parameters.values() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=params.lr, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if params.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=params.lr, fused=True)
+    try:
+        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError(
+            "train.optimizer: adamw8bit needs the package torchao, which is not installed; `pip install torchao`"
+        ) from None
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups, lr=params.lr)
+    return eight_bit
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def read(steps: list[Step], n_timesteps: int) -> list[Row]:
+    """The rows of the log; the device is waited for. Raises :class:`UserError` at a loss that is no number."""
+    rows = []
+    for step in steps:
+        loss, norm = step.loss.item(), step.gradient_norm.item()
+        if not math.isfinite(norm + loss):
+            raise UserError(f"train: the loss is {loss} at step {step.known['step']}; lower train.lr or train.beta")
+        row = {"step": step.known["step"], "epoch": step.known["epoch"], "loss": loss, "gradient_norm": norm}
+        rows.append(row | {"lr": step.known["lr"]} | summary(joined(merged(step.columns)), n_timesteps))
+    return rows
 
 
 def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainParams, folder: Path) -> TrainingState:
@@ -193,10 +256,8 @@ def held_out_row(method: Method, pairs: Pairs, params: TrainParams, seed: int) -
     """Loss and diagnostics on fixed noise and timesteps, four per pair."""
     n_timesteps = method.schedule.n_timesteps
     draws = held_out_draws(pairs, seed, n_timesteps)
-    parts = []
-    for start in distributed.share(range(0, len(draws), params.batch_size)):
-        batch = method.batch(pairs, draws[start : start + params.batch_size])
-        parts.append(method.losses(batch, EVERYTHING)[1])
+    batches = batches_alike(draws, params.batch_size, lambda draw: pairs.latent_size(draw.row))
+    parts = [method.losses(method.batch(pairs, batch), EVERYTHING)[1] for batch in distributed.share(batches)]
     columns = joined(merged(parts))
     return {"loss": columns["loss"].mean().item(), **summary(columns, n_timesteps)}
 

@@ -5,10 +5,14 @@ python -m dspo.stages.train --params params.yaml --pairs data/pairs --reward mod
 """
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
 
 from dspo import distributed
 from dspo.data.files import whole_file, write_json
@@ -61,15 +65,37 @@ def main(argv: list[str]) -> None:
 
 
 class RewardCheck:
-    """Mean overall reward of one image per validation prompt, always from the same noise; every process gets it."""
+    """Mean overall reward of one image per validation prompt, always from the same noise; every process gets it.
+
+    What training does not need, all but the UNet, waits in host memory between the checks.
+    """
 
     def __init__(
         self, pipe: StableDiffusionXLPipeline, scorer: RewardScorer, prompts: list[Prompt], params: Params
     ) -> None:
         self.pipe, self.scorer, self.params = pipe, scorer, params
         self.requests = [SampleRequest(prompt, sample_index=0, noise_index=0) for prompt in prompts]
+        self._waiting: list[nn.Module] = [pipe.vae, pipe.text_encoder, pipe.text_encoder_2, scorer.model]
+        self._move(torch.device("cpu"))
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """VAE, text encoders and reward model on the device, for images to be made and scored."""
+        self._move(device())
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+    def _move(self, place: torch.device) -> None:
+        for part in self._waiting:
+            part.to(place)
 
     def __call__(self, _unet: UNet2DConditionModel) -> float:
+        with self.on_device():
+            return self._score()
+
+    def _score(self) -> float:
         world, size = self.params.active, self.params.active.evaluate.batch_size
         seed = self.params.seed
         requests = distributed.share(self.requests, size)

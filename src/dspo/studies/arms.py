@@ -38,6 +38,8 @@ ARMS = (
     Arm("dspo, beta = 0", "dspo", "lam", LAMS, {"beta": 0.0}),
     Arm("dspo, k permuted", "dspo", permute_k=True, like="dspo"),
     Arm("dspo, two-sided", "dspo_two_sided", "lam", LAMS),
+    Arm("dspo, two-sided, 1 fixed draw", "dspo_two_sided", changes={"fixed_draws": 1}, like="dspo, two-sided"),
+    Arm("dspo, two-sided, 4 fixed draws", "dspo_two_sided", changes={"fixed_draws": 4}, like="dspo, two-sided"),
     Arm("dspo, official for SD1.5", "dspo_official_sd15", "beta", (0.001, 0.01, 0.05, 0.5)),
     Arm("dspo, official for SDXL", "dspo_official_sdxl", "beta", BETAS),
     Arm("ipo", "ipo", "beta", BETAS),

@@ -16,8 +16,14 @@ from dspo.studies.trials import Result
 
 Array = npt.NDArray[np.float64]
 
-# What a claim about DSPO needs beside sft and dpo.
-WITHIN_DSPO = (("dspo", "dspo, beta = 0"), ("dspo", "dspo, k permuted"), ("dspo", "dspo, random labels"))
+# What a claim about DSPO needs beside sft and dpo, and what it costs to keep the reference of fixed draws.
+WITHIN_DSPO = (
+    ("dspo", "dspo, beta = 0"),
+    ("dspo", "dspo, k permuted"),
+    ("dspo", "dspo, random labels"),
+    ("dspo, two-sided, 1 fixed draw", "dspo, two-sided"),
+    ("dspo, two-sided, 4 fixed draws", "dspo, two-sided"),
+)
 
 
 def table(finals: Mapping[str, list[Result | None]], base: Result, n_prompts: int, params: Params) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def both_ways(pairs: Pairs) -> Pairs:
         weight=pairs.weight.repeat(2),
         size=pairs.size.repeat(2, 1),
         text_row=pairs.text_row.repeat(2),
+        latent_sizes=None if pairs.latent_sizes is None else pairs.latent_sizes.repeat(2, 1),
     )
 
 

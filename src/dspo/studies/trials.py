@@ -165,6 +165,7 @@ def rows_of(pairs: Pairs, rows: torch.Tensor) -> Pairs:
         delta=pairs.delta[rows],
         size=pairs.size[rows],
         text_row=pairs.text_row[rows],
+        latent_sizes=None if pairs.latent_sizes is None else pairs.latent_sizes[rows],
     )
 
 
