@@ -11,14 +11,13 @@ import torch
 from bench import groups
 from bench.measure import Row
 from bench.models import SIZES, build_pipeline
-from bench.report import write
 from dspo import environment
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--size", choices=list(SIZES), help="default: full on a GPU, small on a CPU")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("reports/bench"))
     args = parser.parse_args()
 
@@ -33,7 +32,7 @@ def main() -> None:
         start = time.monotonic()
         rows += group(pipe, size, args.rounds)
         say(f"{group.__name__}: {time.monotonic() - start:.0f} s")
-    environment_row = {
+    machine = {
         "device": device_name(device),
         "size": size.name,
         "dtype": str(size.dtype).removeprefix("torch."),
@@ -41,7 +40,9 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    write(args.output, environment_row, rows)
+    from bench.report import write  # what draws is not loaded while something is measured
+
+    write(args.output, machine, rows)
 
 
 def device_name(device: torch.device) -> str:

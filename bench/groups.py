@@ -7,11 +7,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from bench.measure import Case, Row, matrix_product, measure
-from bench.models import Size, build_scorer, train_params, with_shared_weights
+from bench.models import Size, build_scorer, train_params
 from bench.steps import PROMPTS, SEED, Ours, PeftDora, Stock, our_dora, peft_lora, plain_lora
 from dspo.data.keys import prompt_id
 from dspo.data.prompts import Prompt
-from dspo.diffusion.candidates import compile_blocks
 from dspo.diffusion.sampling import SampleRequest, sample
 from dspo.params import SamplerParams, TrainParams
 
@@ -58,7 +57,11 @@ def recipes(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterato
 
 
 def growth(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator[Row]:
-    """Our step over pairs in a batch, rank and resolution, one of them at a time, with checkpointing."""
+    """Our step over pairs in a batch, rank and resolution, one of them at a time, with checkpointing.
+
+    These are no ratios of a few percent, so half the rounds do.
+    """
+    rounds = rounds // 2 + 1
 
     def case(batch: int, rank: int, resolution: int, over: str) -> Case:
         params = settings(size, batch, batch, checkpointing=True)
@@ -76,11 +79,6 @@ def images(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator
     sampler = SamplerParams(scheduler="euler", steps=size.sampler_steps, guidance_scale=5.0)
     prompts = [Prompt(prompt_id(text), text) for text in PROMPTS[: size.images]]
     requests = [SampleRequest(prompt, 0, 0) for prompt in prompts]
-    whole = {**pipe.components, "unet": with_shared_weights(pipe.unet)}
-    batched = StableDiffusionXLPipeline(**whole, add_watermarker=False)
-    batched.set_progress_bar_config(disable=True)
-    if device.type == "cuda":
-        compile_blocks(batched)
 
     def one_by_one() -> None:
         for prompt in prompts:
@@ -95,7 +93,7 @@ def images(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator
             )
 
     def together() -> list[Any]:
-        return list(sample(batched, requests, sampler, size.resolution, SEED, size.images))
+        return list(sample(pipe, requests, sampler, size.resolution, SEED, size.images))
 
     scorer = build_scorer(size, device)
     made = [one.image for one in together()]

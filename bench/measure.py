@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from dspo.estimate import Peak
 
 Row = dict[str, Any]
 
 ATEN = torch.ops.aten
-CPU_ATTENTION = {  # torch counts CUDA's fused attention, and not the CPU's
-    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(
-        dy, q, k, v
+FORMULAS = flop_registry | {  # torch knows CUDA's fused attention, and not the CPU's
+    ATEN._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
+        lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(dy, q, k, v)
     ),
 }
 
@@ -35,7 +36,6 @@ class Case:
     labels: Row
     run: Callable[[], object]
     tensors: Callable[[], Iterable[Tensor]]  # what it keeps in memory between two runs
-    counted: Callable[[], object] | None = None  # what FLOPs are counted of; default: ``run``
     measured: Row = field(default_factory=dict)
 
 
@@ -45,23 +45,27 @@ def measure(cases: Sequence[Case], rounds: int, device: torch.device) -> list[Ro
     What slows the machine down for a while then slows all of them. A case that does not fit into the device's memory is
     left out of the rounds, and its row says so.
     """
-    fitting = []
-    for case in cases:
-        try:
-            case.run()  # makes the optimizer's state, and whatever is made once
-            case.measured["flops"] = flops(case.counted or case.run)
-            case.measured["memory_gb"] = (peak_bytes(case.run, device) + distinct_bytes(case.tensors())) / 1e9
-            case.measured["seconds"] = []
-            fitting.append(case)
-        except torch.OutOfMemoryError:
-            case.measured = {"out_of_memory": True}
-            gc.collect()
-            torch.cuda.empty_cache()
+    fitting = [case for case in cases if _fits(case, device)]
     order = random.Random(0)
     for _ in range(rounds):
         for case in order.sample(fitting, len(fitting)):
             case.measured["seconds"].append(seconds(case.run, device))
     return [case.labels | case.measured for case in cases]
+
+
+def _fits(case: Case, device: torch.device) -> bool:
+    """Run the case twice, and count. The first run makes what is made once, the optimizer's state above all."""
+    try:
+        with Flops() as flops:
+            case.run()
+        peak = peak_bytes(case.run, device) + distinct_bytes(case.tensors())
+        case.measured = {"flops": flops.total, "memory_gb": peak / 1e9, "seconds": []}
+        return True
+    except torch.OutOfMemoryError:
+        case.measured = {"out_of_memory": True}
+    gc.collect()
+    torch.cuda.empty_cache()
+    return False
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -95,11 +99,27 @@ def distinct_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def flops(run: Callable[[], object]) -> int:
-    """FLOPs of matrix products, convolutions and attention, a product and a sum as two."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        run()
-    return int(counter.get_total_flops())
+class Flops(TorchDispatchMode):
+    """FLOPs of matrix products, convolutions and attention by torch's formulas; a multiplication and an addition are two.
+
+    torch's own ``FlopCounterMode`` also follows modules, and by that keeps alive what checkpointing would free.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None:  # in inference mode operations come whole that are else taken apart before
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **kwargs)
+        self.total += formula(*args, **kwargs, out_val=result) if formula else 0
+        return result
 
 
 def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Case:

@@ -64,7 +64,7 @@ SIZES = {
             ranks=(4, 8, 16, 32, 64, 128),
             rank=8,
             adapter_micro_batch=4,
-            recipe_settings=((4, False), (4, True)),
+            recipe_settings=((4, False),),
             matrix_side=1024,
             images=4,
             sampler_steps=4,
@@ -121,6 +121,7 @@ def build_scorer(size: Size, device: torch.device) -> RewardScorer:
         model = build_model(local, seed=0, device=device)
     else:
         model = _random_reward_model(params, device)
+    model.requires_grad_(False)
     return RewardScorer(model, params, temperatures={"overall": 1.0}, untrained=[])
 
 

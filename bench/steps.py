@@ -137,12 +137,6 @@ class Ours:
             losses, _ = self.method.losses(self.method.batch(self.pairs, draws), self.method.needs)
         return losses
 
-    def forward_and_backward(self) -> None:
-        """One micro-batch: what the loss needs, without norms, clipping and optimizer."""
-        self.adapter.train(True)
-        torch.autograd.backward(self.losses(0).sum())
-        self.optimizer.zero_grad()
-
     def tensors(self) -> Iterator[Tensor]:
         """All that stays between two steps."""
         yield from _kept(self.unet, self.optimizer)
