@@ -11,6 +11,7 @@ import torch
 from bench import groups
 from bench.measure import Row
 from bench.models import SIZES, build_pipeline
+from bench.report import write
 from dspo import environment
 
 
@@ -27,22 +28,19 @@ def main() -> None:
         torch.set_num_threads(1)
     say(f"{device_name(device)}, size {size.name}, {args.rounds} rounds")
     pipe = build_pipeline(size, device)
+    machine = {
+        "device": device_name(device),
+        "size": size.name,
+        "dtype": str(size.dtype).removeprefix("torch."),
+        "rounds": args.rounds,
+        "torch": torch.__version__,
+    }
     rows: list[Row] = []
     for group in (groups.adapters, groups.recipes, groups.growth, groups.images):
         start = time.monotonic()
         rows += group(pipe, size, args.rounds)
         say(f"{group.__name__}: {time.monotonic() - start:.0f} s")
-    machine = {
-        "device": device_name(device),
-        "size": size.name,
-        "dtype": str(size.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    from bench.report import write  # what draws is not loaded while something is measured
-
-    write(args.output, machine, rows)
+        say(f"{write(args.output, machine, rows)}")  # what is measured is kept, whatever happens to the rest
 
 
 def device_name(device: torch.device) -> str:

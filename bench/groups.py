@@ -61,7 +61,7 @@ def growth(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator
 
     These are no ratios of a few percent, so half the rounds do.
     """
-    rounds = rounds // 2 + 1
+    rounds = (rounds + 1) // 2
 
     def case(batch: int, rank: int, resolution: int, over: str) -> Case:
         params = settings(size, batch, batch, checkpointing=True)
@@ -101,7 +101,9 @@ def images(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator
     labels = {"group": "images", "images": size.images, "resolution": size.resolution}
     parts = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
     cases = [
-        Case(labels | {"variant": name, "steps": sampler.steps}, run, lambda: (p for m in parts for p in m.parameters()))
+        Case(
+            labels | {"variant": name, "steps": sampler.steps}, run, lambda: (p for m in parts for p in m.parameters())
+        )
         for name, run in (("pipeline, one by one", one_by_one), ("ours, together", together))
     ]
     cases.append(

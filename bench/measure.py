@@ -126,4 +126,6 @@ def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Case:
     """A product of square matrices: the rate that a step is held against."""
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     c = torch.empty_like(a)
-    return Case({"group": "matrix", "variant": "product", "side": side}, lambda: torch.mm(a, b, out=c), lambda: [a, b, c])
+    return Case(
+        {"group": "matrix", "variant": "product", "side": side}, lambda: torch.mm(a, b, out=c), lambda: [a, b, c]
+    )

@@ -8,13 +8,13 @@ from pathlib import Path
 import open_clip
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from tools.random_sdxl import CLIP_NAME, builders, clip_tokenizer, draw_weights, scheduler
 from torch import nn
 
 from dspo.params import RewardParams, TrainParams, load_params
 from dspo.reward.backbone import Backbone
 from dspo.reward.checkpoint import RewardScorer
 from dspo.reward.model import RewardModel, build_model
-from tools.random_sdxl import CLIP_NAME, builders, clip_tokenizer, draw_weights, scheduler
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +59,7 @@ SIZES = {
         Size(
             name="small",
             dtype=torch.float32,
-            resolutions=(128, 192, 256),
+            resolutions=(128, 160, 192),
             batches=(1, 2, 4, 8, 16),
             ranks=(4, 8, 16, 32, 64, 128),
             rank=8,

@@ -254,5 +254,3 @@ def _pairs(pipe: StableDiffusionXLPipeline, n: int, resolution: int) -> Pairs:
         embeds=torch.stack([one.embeds for one in text]).cpu(),
         pooled=torch.stack([one.pooled for one in text]).cpu(),
     )
-
-

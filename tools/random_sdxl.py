@@ -39,7 +39,7 @@ UNET: dict[str, Config] = {
         "projection_class_embeddings_input_dim": 2816,
     },
     "small": {
-        "sample_size": 32,
+        "sample_size": 24,
         "block_out_channels": (64, 128, 256),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
