@@ -99,11 +99,13 @@ def images(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator
     made = [one.image for one in together()]
     captions = [prompt.text for prompt in prompts]
     labels = {"group": "images", "images": size.images, "resolution": size.resolution}
-    parts = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
+
+    def weights() -> Iterator[torch.Tensor]:
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            yield from part.parameters()
+
     cases = [
-        Case(
-            labels | {"variant": name, "steps": sampler.steps}, run, lambda: (p for m in parts for p in m.parameters())
-        )
+        Case(labels | {"variant": name, "steps": sampler.steps}, run, weights)
         for name, run in (("pipeline, one by one", one_by_one), ("ours, together", together))
     ]
     cases.append(

@@ -1,7 +1,7 @@
 """What one run of something takes: seconds in interleaved rounds, bytes at the peak, FLOPs.
 
-On a GPU a second is one of the wall, with the device synchronised at both ends. On a CPU it is a second of the process's
-CPU time on one thread: what other programs take of the core does not count.
+On a GPU a second is one of the wall, with the device synchronised at both ends. On a CPU it is a second of the
+process's CPU time on one thread: what other programs take of the core does not count.
 """
 
 import gc
@@ -100,7 +100,7 @@ def distinct_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Flops(TorchDispatchMode):
-    """FLOPs of matrix products, convolutions and attention by torch's formulas; a multiplication and an addition are two.
+    """FLOPs of matrix products, convolutions and attention by torch's formulas; a product and a sum are two.
 
     torch's own ``FlopCounterMode`` also follows modules, and by that keeps alive what checkpointing would free.
     """
@@ -126,6 +126,5 @@ def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Case:
     """A product of square matrices: the rate that a step is held against."""
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     c = torch.empty_like(a)
-    return Case(
-        {"group": "matrix", "variant": "product", "side": side}, lambda: torch.mm(a, b, out=c), lambda: [a, b, c]
-    )
+    labels = {"group": "matrix", "variant": "product", "side": side}
+    return Case(labels, lambda: torch.mm(a, b, out=c), lambda: [a, b, c])

@@ -113,7 +113,7 @@ def build_pipeline(size: Size, device: torch.device) -> StableDiffusionXLPipelin
 
 
 def build_scorer(size: Size, device: torch.device) -> RewardScorer:
-    """The world ``sdxl``'s reward model on a random ViT-L-14-336; at the other sizes the one of ``shapes``, untrained."""
+    """The world ``sdxl``'s reward model on a random ViT-L-14-336; at the other sizes that of ``shapes``, untrained."""
     worlds = load_params(ROOT / "params.yaml").worlds
     params = worlds["sdxl" if size.name == "full" else "shapes"].reward
     if size.name != "full":

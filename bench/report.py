@@ -1,8 +1,7 @@
 """What the rows say: the figures, a table and a plot, beside each other as ``<device>.json``, ``.md`` and ``.png``."""
 
 import re
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -117,58 +116,54 @@ def table(machine: Row, found: Row, rows: Sequence[Row], picture: str) -> str:
         measured = "did not fit" if value is None else f"{value:.3g}{unit}"
         lines.append(f"| `{name}` | {measured} | {between} | {'at most' if upper else 'at least'} {bound:g}{unit} |")
     lines += ["", f"Matrix rate: {found['matrix_tflops']:.3g} TFLOP/s.", "", f"![The same as a picture]({picture})", ""]
+    columns = (
+        "what",
+        "pairs",
+        "in one batch",
+        "checkpointing",
+        "rank",
+        "px",
+        "s a pair",
+        "rounds",
+        "GB",
+        "TFLOP a pair",
+    )
     for title, groups in (
         ("Adapters, in the same step", ("adapter",)),
         ("Recipes", ("recipe",)),
         ("How our step grows, with checkpointing", ("batch", "rank", "resolution")),
     ):
-        lines += [f"## {title}", ""]
-        lines += [
-            "| what | pairs | in one batch | checkpointing | rank | px | s a pair | rounds | GB | GB a pair more | TFLOP a pair |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
+        lines += [f"## {title}", "", cells(columns), cells(["---"] * len(columns))]
         chosen = [row for row in rows if row["group"] in groups]
-        lines += [training_line(row, chosen) for row in chosen]
+        lines += [training_line(row) for row in chosen]
         lines.append("")
     lines += ["## Images", "", "| what | images | px | s an image | GB | TFLOP an image |", "|---|---|---|---|---|---|"]
     lines += [image_line(row) for row in rows if row["group"] == "images"]
     return "\n".join(lines) + "\n"
 
 
-def training_line(row: Row, chosen: Sequence[Row]) -> str:
-    what = f"by {row['group']}" if row["variant"] == "ours" and row["group"] != "recipe" else row["variant"]
+def cells(values: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, values)) + " |"
+
+
+def training_line(row: Row) -> str:
+    what = f"by {row['group']}" if row["group"] not in ("adapter", "recipe") else row["variant"]
     labels = [what, row["pairs"], row["micro_batch"], "yes" if row["checkpointing"] else "no"]
     labels += [row["rank"], row["resolution"]]
     if "seconds" not in row:
-        return "| " + " | ".join(map(str, [*labels, "out of memory", "", "", "", ""])) + " |"
+        return cells([*labels, "out of memory", "", "", ""])
     n = row["pairs"]
     between = f"{min(row['seconds']) / n:.3g} to {max(row['seconds']) / n:.3g}"
-    numbers = [
-        f"{time(row) / n:.3g}",
-        between,
-        f"{memory(row):.3g}",
-        more_memory(row, chosen),
-        f"{row['flops'] / n / 1e12:.3g}",
-    ]
-    return "| " + " | ".join([*map(str, labels), *numbers]) + " |"
-
-
-def more_memory(row: Row, chosen: Sequence[Row]) -> str:
-    """What each further pair of the batch takes, against the next smaller batch."""
-    sizes = [other for other in chosen if other["group"] == "batch" and "seconds" in other]
-    for smaller, larger in pairwise(sizes):
-        if larger is row:
-            return f"{(memory(row) - memory(smaller)) / (row['pairs'] - smaller['pairs']):.3g}"
-    return ""
+    return cells([*labels, f"{time(row) / n:.3g}", between, f"{memory(row):.3g}", f"{row['flops'] / n / 1e12:.3g}"])
 
 
 def image_line(row: Row) -> str:
     n = row["images"]
-    if "seconds" not in row:
-        return f"| {row['variant']} | {n} | {row['resolution']} | out of memory | | |"
     what = row["variant"] + (f", {row['steps']} steps" if "steps" in row else "")
-    figures = f"{time(row) / n:.3g} | {memory(row):.3g} | {row['flops'] / n / 1e12:.3g}"
-    return f"| {what} | {n} | {row['resolution']} | {figures} |"
+    if "seconds" not in row:
+        return cells([what, n, row["resolution"], "out of memory", "", ""])
+    per_image = f"{row['flops'] / n / 1e12:.3g}"
+    return cells([what, n, row["resolution"], f"{time(row) / n:.3g}", f"{memory(row):.3g}", per_image])
 
 
 def plot(machine: Row, rows: Sequence[Row]) -> Figure:
@@ -181,7 +176,11 @@ def plot(machine: Row, rows: Sequence[Row]) -> Figure:
     checkpointed = [row for row in timed if row["group"] == "adapter" and row["checkpointing"]]
     bars(axes[0, 0], plain, lambda row: row["seconds"], "seconds a step, no checkpointing")
     bars(axes[0, 1], checkpointed, lambda row: [row["memory_gb"]], "GB, one pair, checkpointing")
-    recipes = [row for row in timed if row["group"] == "recipe"]
+    recipes = [
+        row | {"variant": row["variant"] + (", checkpointed" if row["checkpointing"] else "")}
+        for row in timed
+        if row["group"] == "recipe"
+    ]
     bars(axes[0, 2], recipes, lambda row: [row["pairs"] / s for s in row["seconds"]], "pairs per second")
     for axis, group, key in zip(axes[1], ("batch", "rank", "resolution"), ("pairs", "rank", "resolution"), strict=True):
         chosen = [row for row in timed if row["group"] == group]
@@ -204,9 +203,7 @@ def bars(axis: Any, rows: Sequence[Row], values: Any, title: str) -> None:
         ours = row["variant"].startswith("ours") or row["variant"] == "dora, ours"
         axis.barh(place, median(measured), color=TUNED_COLOUR if ours else BASE_COLOUR)
         axis.plot(measured, [place] * len(measured), ".", color="black", markersize=3)
-    labels = [
-        row["variant"] + (", checkpointed" if row["group"] == "recipe" and row["checkpointing"] else "") for row in rows
-    ]
+    labels = [row["variant"] for row in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=7)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9)

@@ -146,10 +146,10 @@ class Ours:
 
 
 class Stock:
-    """The recipe of the published training scripts: peft's DoRA under autocast, pixels and prompts encoded in each step.
+    """The recipe of the published scripts: peft's DoRA under autocast, pixels and prompts encoded in each step.
 
-    Winner and loser share noise and timestep and go through the UNet as one batch. The reference is the same UNet inside
-    peft's ``disable_adapter``, or a second UNet with weights of its own.
+    Winner and loser share noise and timestep and go through the UNet as one batch. The reference is the same UNet
+    inside peft's ``disable_adapter``, or a second UNet with weights of its own.
     """
 
     def __init__(
