@@ -59,7 +59,7 @@ SIZES = {
         Size(
             name="small",
             dtype=torch.float32,
-            resolutions=(128, 160, 192),
+            resolutions=(96, 128, 160),
             batches=(1, 2, 4, 8, 16),
             ranks=(4, 8, 16, 32, 64, 128),
             rank=8,

@@ -137,7 +137,7 @@ def table(machine: Row, found: Row, rows: Sequence[Row], picture: str) -> str:
         chosen = [row for row in rows if row["group"] in groups]
         lines += [training_line(row) for row in chosen]
         lines.append("")
-    lines += ["## Images", "", "| what | images | px | s an image | GB | TFLOP an image |", "|---|---|---|---|---|---|"]
+    lines += ["## Images", "", "| what | images | px | s/image | GB | TFLOP/image |", "|---|---|---|---|---|---|"]
     lines += [image_line(row) for row in rows if row["group"] == "images"]
     return "\n".join(lines) + "\n"
 

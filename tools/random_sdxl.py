@@ -1,8 +1,7 @@
 """SDXL base 1.0, its fp16-safe VAE and ViT-L-14-336 with random weights, as the hub's client leaves them in its cache.
 
-Their own libraries write the files, one model in memory at a time. The small size is the full one with about a fifth of
-the channels: as many layers, and nearly the same shares of UNet, VAE and text encoders in the FLOPs of a step at a
-quarter of the side. The tiny size has the same parts and layouts.
+Their own libraries write the files, one model in memory at a time. The small size is the full one with a fifth of the
+channels and fewer transformer layers. The tiny size has the same parts and layouts.
 """
 
 import json
@@ -39,11 +38,11 @@ UNET: dict[str, Config] = {
         "projection_class_embeddings_input_dim": 2816,
     },
     "small": {
-        "sample_size": 24,
+        "sample_size": 20,
         "block_out_channels": (64, 128, 256),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
+        "transformer_layers_per_block": (1, 1, 3),
         "attention_head_dim": (1, 2, 4),
         "cross_attention_dim": 384,
         "addition_time_embed_dim": 64,
@@ -64,13 +63,13 @@ UNET: dict[str, Config] = {
 }
 VAE: dict[str, Config] = {
     "full": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512},
-    "small": {"block_out_channels": (24, 48, 96, 96), "layers_per_block": 2, "norm_num_groups": 8, "sample_size": 128},
+    "small": {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2, "norm_num_groups": 8, "sample_size": 128},
     "tiny": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64},
 }
 # hidden size, intermediate size, layers, heads
 TEXT: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
     "full": ((768, 3072, 12, 12), (1280, 5120, 32, 20)),
-    "small": ((128, 512, 4, 2), (256, 1024, 4, 4)),
+    "small": ((128, 512, 2, 2), (256, 1024, 2, 4)),
     "tiny": ((32, 64, 2, 2), (32, 64, 2, 2)),
 }
 TINY_CLIP: Config = {
