@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -122,3 +123,16 @@ def test_a_row_that_did_not_fit_leaves_its_figure_open() -> None:
     assert found["peft_dora_vs_lora_time"] is None
     assert found["step_vs_stock"] is None
     assert "out of memory" in table({"device": "d", "size": "tiny", "dtype": "float32"}, found, rows, "d.png")
+
+
+def test_the_dtype_of_a_gpu_runs_every_step() -> None:
+    """bfloat16 takes the casts and the autocast that float32 does not."""
+    import torch
+    from bench import groups
+    from bench.models import SIZES, build_pipeline
+
+    size = replace(SIZES["tiny"], dtype=torch.bfloat16)
+    pipe = build_pipeline(size, torch.device("cpu"))
+    rows = [*groups.adapters(pipe, size, rounds=1), *groups.recipes(pipe, size, rounds=1)]
+    assert pipe.unet.dtype == torch.bfloat16
+    assert all(len(row["seconds"]) == 1 for row in rows)
