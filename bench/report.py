@@ -113,7 +113,7 @@ def table(machine: Row, found: Row, rows: Sequence[Row], picture: str) -> str:
         rounds = found["spread"].get(name)
         between = f"{rounds[0]:.2f} to {rounds[1]:.2f}" if rounds else ""
         value = found[name]
-        measured = "did not fit" if value is None else f"{value:.3g}{unit}"
+        measured = "open" if value is None else f"{value:.3g}{unit}"
         lines.append(f"| `{name}` | {measured} | {between} | {'at most' if upper else 'at least'} {bound:g}{unit} |")
     lines += ["", f"Matrix rate: {found['matrix_tflops']:.3g} TFLOP/s.", "", f"![The same as a picture]({picture})", ""]
     columns = (
