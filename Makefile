@@ -12,7 +12,7 @@ STAMP := .venv/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup lock repro gates report shapes ablation losses overopt audit sampler smoke-sdxl test lint format deps mlflow sync exp-show image
+.PHONY: help setup lock repro gates report shapes ablation losses overopt audit sampler smoke-sdxl bench test lint format deps mlflow sync exp-show image
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +74,9 @@ sampler: setup ## the base's own best sampler setting by gold, on validation pro
 
 smoke-sdxl: setup ## SDXL and ViT-L-14-336 at their true size, random weights, from prompts to adapter (a GPU, or a CPU with 24 GB)
 	python tools/smoke_sdxl.py --work scratch/smoke-sdxl --transcript docs/smoke-sdxl.txt
+
+bench: setup ## time, memory and FLOPs beside plain LoRA, stock peft and the stock recipe, on the device that is there
+	python -m bench
 
 test: setup ## all tests
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile

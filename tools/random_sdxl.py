@@ -1,6 +1,7 @@
 """SDXL base 1.0, its fp16-safe VAE and ViT-L-14-336 with random weights, as the hub's client leaves them in its cache.
 
-Their own libraries write the files, one model in memory at a time. The tiny size has the same parts and layouts.
+Their own libraries write the files, one model in memory at a time. The small size is the full one with a fifth of the
+channels and fewer transformer layers. The tiny size has the same parts and layouts.
 """
 
 import json
@@ -36,6 +37,17 @@ UNET: dict[str, Config] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    "small": {
+        "sample_size": 20,
+        "block_out_channels": (64, 128, 256),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 3),
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 384,
+        "addition_time_embed_dim": 64,
+        "projection_class_embeddings_input_dim": 640,
+    },
     "tiny": {
         "sample_size": 8,
         "block_out_channels": (32, 64),
@@ -51,11 +63,13 @@ UNET: dict[str, Config] = {
 }
 VAE: dict[str, Config] = {
     "full": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512},
+    "small": {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2, "norm_num_groups": 8, "sample_size": 128},
     "tiny": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64},
 }
 # hidden size, intermediate size, layers, heads
 TEXT: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
     "full": ((768, 3072, 12, 12), (1280, 5120, 32, 20)),
+    "small": ((128, 512, 2, 2), (256, 1024, 2, 4)),
     "tiny": ((32, 64, 2, 2), (32, 64, 2, 2)),
 }
 TINY_CLIP: Config = {
@@ -70,15 +84,8 @@ def write_base(cache: Path, base: BaseModelParams, size: str) -> dict[str, int]:
     """Put ``base``'s repositories into a cache of the hub; part -> number of parameters."""
     assert base.revision is not None and base.vae is not None and base.vae_revision is not None
     folder, vae_folder = _snapshot(cache, base.model, base.revision), _snapshot(cache, base.vae, base.vae_revision)
-    first, second = TEXT[size]
-    parts: dict[str, Callable[[], nn.Module]] = {
-        "unet": lambda: UNet2DConditionModel(use_linear_projection=True, addition_embed_type="text_time", **UNET[size]),
-        "text_encoder": lambda: CLIPTextModel(_text_config(first, "quick_gelu")),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(_text_config(second, "gelu")),
-        "vae": lambda: _vae(size),
-    }
     sizes = {}
-    for name, build in parts.items():
+    for name, build in builders(size).items():
         model = _random(build, torch.bfloat16)
         model.save_pretrained(folder / name, variant=base.variant, max_shard_size="20GB")
         if name == "vae":
@@ -87,9 +94,7 @@ def write_base(cache: Path, base: BaseModelParams, size: str) -> dict[str, int]:
         del model
     for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         clip_tokenizer(padding).save_pretrained(folder / name)
-    EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
-    ).save_pretrained(folder / "scheduler")
+    scheduler().save_pretrained(folder / "scheduler")
     libraries = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -102,6 +107,23 @@ def write_base(cache: Path, base: BaseModelParams, size: str) -> dict[str, int]:
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, **libraries}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return sizes
+
+
+def builders(size: str) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each network of the pipeline."""
+    first, second = TEXT[size]
+    return {
+        "unet": lambda: UNet2DConditionModel(use_linear_projection=True, addition_embed_type="text_time", **UNET[size]),
+        "text_encoder": lambda: CLIPTextModel(_text_config(first, "quick_gelu")),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(_text_config(second, "gelu")),
+        "vae": lambda: _vae(size),
+    }
+
+
+def scheduler() -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
 
 
 def write_clip(cache: Path, folder: Path, size: str) -> tuple[Config, int]:
@@ -162,19 +184,23 @@ def _vae(size: str) -> AutoencoderKL:
 
 
 def _random(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """Matrices from N(0, 1 / fan-in), norms 1, biases 0: activations stay finite through all layers."""
+    """Parameters alone: what the constructor computes of a buffer is not there."""
     with torch.device("meta"):
         model = build().to(dtype)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim < 2:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+    return draw_weights(model.to_empty(device="cpu"))
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module) -> nn.Module:
+    """Matrices from N(0, 1 / fan-in), norms 1, biases 0: activations stay finite through all layers."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim < 2:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
     return model.eval()
 
 

@@ -1,0 +1,138 @@
+"""The bench at a tiny size: files, keys, rows, and figures that come from the rows. No clock is judged."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+KEYS = (
+    "device", "dora_vs_lora_time", "dora_vs_lora_memory", "step_vs_stock", "matrix_rate_share", "peak_memory_gb",
+    "pairs_per_second", "rows",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "bench", "--size", "tiny", "--rounds", "2", "--output", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return output
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def only(found: dict[str, Any], group: str, **labels: Any) -> list[dict[str, Any]]:
+    return [row for row in found["rows"] if row["group"] == group and all(row[k] == v for k, v in labels.items())]
+
+
+def test_files_and_keys(folder: Path, found: dict[str, Any]) -> None:
+    assert all(found[key] is not None for key in KEYS)
+    (picture,) = folder.glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (table,) = folder.glob("*.md")
+    assert table.read_text().count("\n| ") > len(found["rows"])
+
+
+def test_every_comparison_has_its_rows(found: dict[str, Any]) -> None:
+    adapters = {"lora", "lora, peft", "dora, peft", "dora, ours"}
+    for checkpointing in (False, True):
+        assert {row["variant"] for row in only(found, "adapter", checkpointing=checkpointing)} == adapters
+    assert {row["variant"] for row in only(found, "recipe")} == {
+        "stock, disable_adapter", "stock, second UNet", "ours", "ours, loss dspo"
+    }  # fmt: skip
+    assert [row["pairs"] for row in only(found, "batch")] == [1, 2]
+    assert [row["rank"] for row in only(found, "rank")] == [2, 4]
+    assert [row["resolution"] for row in only(found, "resolution")] == [32, 64]
+    assert {row["variant"] for row in only(found, "images")} == {"pipeline, one by one", "ours, together", "scoring"}
+    assert all(row["flops"] > 0 and row["memory_gb"] > 0 for row in found["rows"])
+
+
+def test_figures_come_from_the_rows(found: dict[str, Any]) -> None:
+    def seconds(group: str, **labels: Any) -> list[float]:
+        return [median(row["seconds"]) for row in only(found, group, **labels)]
+
+    def memory(**labels: Any) -> list[float]:
+        return [row["memory_gb"] for row in only(found, "adapter", checkpointing=True, **labels)]
+
+    (ours,) = seconds("adapter", variant="dora, ours", checkpointing=False)
+    loras = [seconds("adapter", variant=name, checkpointing=False)[0] for name in ("lora", "lora, peft")]
+    assert found["dora_vs_lora_time"] == pytest.approx(ours / min(loras))
+    leanest = min(memory(variant="lora") + memory(variant="lora, peft"))
+    assert found["dora_vs_lora_memory"] == pytest.approx(memory(variant="dora, ours")[0] / leanest)
+    stock = seconds("recipe", variant="stock, disable_adapter") + seconds("recipe", variant="stock, second UNet")
+    fast = min(seconds("recipe", variant="ours"))
+    assert found["step_vs_stock"] == pytest.approx(min(stock) / fast)
+    assert found["pairs_per_second"] == pytest.approx(4 / fast)
+    assert found["peak_memory_gb"] == memory(variant="dora, ours")[0]
+    (needed,) = {row["flops"] for row in only(found, "adapter", variant="lora", checkpointing=False)}
+    product = only(found, "matrix")[0]
+    rate = product["flops"] / median(product["seconds"])
+    assert found["matrix_rate_share"] == pytest.approx(needed / ours / rate)
+
+
+def test_flops_say_what_each_way_computes(found: dict[str, Any]) -> None:
+    """peft's DoRA multiplies by the base weights twice; the stock recipe also encodes; checkpointing recomputes."""
+    flops = {
+        (row["variant"], row["checkpointing"]): row["flops"] / row["pairs"]
+        for row in only(found, "adapter") + only(found, "recipe", checkpointing=False)
+    }
+    assert flops["dora, ours", False] < 1.01 * flops["lora", False]
+    assert flops["dora, peft", False] > 1.1 * flops["lora", False]
+    assert flops["stock, disable_adapter", False] > flops["dora, peft", False]
+    assert flops["ours, loss dspo", False] < flops["ours", False]
+    assert flops["lora", True] > 1.1 * flops["lora", False]
+
+
+def test_memory_knows_the_second_unet(found: dict[str, Any]) -> None:
+    import torch
+    from bench.models import SIZES, build_pipeline  # from the repository's root
+
+    unet = build_pipeline(SIZES["tiny"], torch.device("cpu")).unet
+    weights = sum(p.numel() * p.element_size() for p in unet.parameters()) / 1e9
+    (toggled,) = only(found, "recipe", variant="stock, disable_adapter", checkpointing=False)
+    (second,) = only(found, "recipe", variant="stock, second UNet", checkpointing=False)
+    assert second["memory_gb"] - toggled["memory_gb"] == pytest.approx(weights, rel=0.05)
+
+
+def test_a_row_that_did_not_fit_leaves_its_figure_open() -> None:
+    from bench.report import figures, table
+
+    labels = {"group": "adapter", "pairs": 4, "micro_batch": 2, "rank": 2, "resolution": 64, "checkpointing": False}
+    fits = labels | {"flops": 10, "memory_gb": 1.0}
+    rows = [
+        {"group": "matrix", "variant": "product", "flops": 10, "memory_gb": 1.0, "seconds": [1.0, 2.0, 4.0]},
+        fits | {"variant": "lora", "seconds": [2.0, 4.0, 6.0]},
+        fits | {"variant": "dora, ours", "seconds": [3.0, 5.0, 6.0]},
+        labels | {"variant": "dora, peft", "out_of_memory": True},
+    ]
+    found = figures(rows)
+    assert found["dora_vs_lora_time"] == 5 / 4
+    assert found["spread"]["dora_vs_lora_time"] == (1.0, 1.5)
+    assert found["peft_dora_vs_lora_time"] is None
+    assert found["step_vs_stock"] is None
+    assert "out of memory" in table({"device": "d", "size": "tiny", "dtype": "float32"}, found, rows, "d.png")
+
+
+def test_the_dtype_of_a_gpu_runs_every_step() -> None:
+    """bfloat16 takes the casts and the autocast that float32 does not."""
+    import torch
+    from bench import groups
+    from bench.models import SIZES, build_pipeline
+
+    size = replace(SIZES["tiny"], dtype=torch.bfloat16)
+    pipe = build_pipeline(size, torch.device("cpu"))
+    rows = [*groups.adapters(pipe, size, rounds=1), *groups.recipes(pipe, size, rounds=1)]
+    assert pipe.unet.dtype == torch.bfloat16
+    assert all(len(row["seconds"]) == 1 for row in rows)
