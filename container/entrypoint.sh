@@ -77,4 +77,6 @@ check_folder "docker run --tmpfs /tmp …" /tmp
 check_clone
 check_gpu
 check_base_model
+# With no network (--network none) the hub's client would ask again and again before it looks into its cache.
+[ "$(ls /sys/class/net)" != lo ] || export HF_HUB_OFFLINE=1
 exec "$@"

@@ -77,6 +77,12 @@ def test_where_nothing_is_missing_nothing_is_said(clone: Path, tools: Path) -> N
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.parametrize(("interfaces", "offline"), [("lo", "1"), ("'eth0\nlo'", "")])
+def test_without_a_network_the_hub_is_not_asked(clone: Path, tools: Path, interfaces: str, offline: str) -> None:
+    program(tools, "ls", f"echo {interfaces}")
+    assert enter(clone, tools, "sh", "-c", 'echo "$HF_HUB_OFFLINE"').stdout == f"{offline}\n"
+
+
 def test_without_a_gpu_the_flag_is_named(clone: Path, tools: Path) -> None:
     done = enter(clone, tools, "true")
     assert done.returncode == 0

@@ -84,6 +84,7 @@ def test_it_runs_as_the_unprivileged_user_and_the_root_is_read_only(flags: list[
     assert str(USER) in lines
     assert said.count("Read-only file system") == 2
     assert lines[-2:] == ["lo", "CapEff:\t0000000000000000"]
+    assert run(*flags, IMAGE, "printenv", "HF_HUB_OFFLINE").endswith("\n1\n")
 
 
 def test_a_compiler_for_triton_and_git_are_inside(flags: list[str]) -> None:
