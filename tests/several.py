@@ -39,6 +39,7 @@ class Redness:
     """Stands in for the reward model; exact, so that the shape of a batch does not show."""
 
     heads, untrained, temperature = HEADS[:2], (), 0.1
+    model = torch.nn.Identity()
 
     def score(self, images: Sequence[np.ndarray], captions: Sequence[str], batch_size: int) -> np.ndarray:
         red = [image[..., 0].mean(dtype=np.float64) / 255 for image in images]

@@ -43,7 +43,7 @@ from dspo.shapes.web import FAULTS, QUALITY_WORDS, web_picture
 log = logging.getLogger(__name__)
 
 MEAN, STD = [0.55, 0.45, 0.45], [0.28, 0.24, 0.24]
-WEB_PICTURES, REIMAGINED_PICTURES = 40_000, 20_000
+WEB_PICTURES, REIMAGINED_PICTURES = 36_000, 14_000
 MORE_TWO_OBJECTS = 0.3  # share of the requests that are drawn for two objects alone: they are the hard ones
 MORE_FAULTS = (("fade", 0.2, (0.1, 0.8)), ("blotch", 0.2, (0.15, 1.0)), ("warp", 0.25, (0.05, 0.5)))
 GHOST_SHARE = 0.2
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the base model that draws pictures over")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch-size", type=int, default=160)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
