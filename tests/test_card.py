@@ -78,12 +78,13 @@ def test_the_front_matter_is_one_that_the_hub_reads(of: Run, licence: str) -> No
 
 
 def test_the_card_says_what_the_run_did() -> None:
+    train = run().params.active.train
     card = model_card(run())
     assert "Improved by the gold judge: tuned beats base on 75.0%" in card
     assert "| gold overall | 0.750 | 0.700 to 0.800 | 400 |" in card
-    assert "| loss | `dspo_two_sided`, beta 300, lam 0.8 |" in card
+    assert f"| loss | `{train.loss}`, beta {train.beta:g}, lam {train.lam:g} |" in card
     assert "| steps | 200 of 16 pairs |" in card and "| pairs | 300, and 30 held out |" in card
-    assert "| learning rate | 0.0006 after 10 steps of warm-up |" in card
+    assert f"| learning rate | {train.lr:g} after {train.warmup_steps} steps of warm-up |" in card
     assert "| reward model, macro-F1 | 0.850 (0.840 to 0.860) on 2500 held-out pairs |" in card
     assert "800 images of 400 held-out prompts" in card
     assert "No rating labelled detail" in card

@@ -23,7 +23,7 @@ LOCK = "dvc.lock"
 TRAIN, EVALUATE, LAST = "train", "evaluate", "report"  # stages
 DATASETS = "data/"  # dependencies below it are datasets; others are code, models and settings
 INTERVAL = "ci95"  # [low, high]
-SHOWN = {".json", ".csv", ".png", ".html", ".jsonl", ".md"}  # files that people look at; images and weights stay with DVC
+SHOWN = {".json", ".csv", ".png", ".html", ".jsonl"}  # files that people look at; images and weights stay with DVC
 STEP_COLUMNS = ("step", "epoch")
 
 Series = list[tuple[int, float]]
