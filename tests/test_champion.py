@@ -25,7 +25,8 @@ def gold(low: float | str, decided: int = 300) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("registry") / "mlflow.db"
-    client = MlflowClient(f"sqlite:///{path}")
+    uri = f"sqlite:///{path}"
+    client = MlflowClient(uri, uri)
     client.create_registered_model(NAME)
     for low in LOWS:
         client.create_model_version(NAME, str(path.parent), tags=gold(low))
@@ -39,7 +40,7 @@ def uri(registry: Path, tmp_path: Path) -> str:
 
 
 def champion(uri: str) -> int:
-    return int(MlflowClient(uri).get_model_version_by_alias(NAME, "champion").version)
+    return int(MlflowClient(uri, uri).get_model_version_by_alias(NAME, "champion").version)
 
 
 def dspo(folder: Path, uri: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -94,14 +95,14 @@ def test_a_second_promotion_is_none(uri: str) -> None:
 )
 def test_the_gate(uri: str, tags: dict[str, str], message: str) -> None:
     promote(uri, "shapes")
-    MlflowClient(uri).create_model_version(NAME, "/", tags=tags)
+    MlflowClient(uri, uri).create_model_version(NAME, "/", tags=tags)
     with pytest.raises(UserError, match=message):
         promote(uri, "shapes")
     assert champion(uri) == 4
 
 
 def test_an_alias_that_a_person_moved_is_part_of_the_history(uri: str) -> None:
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     promote(uri, "shapes", 1)
     client.set_registered_model_alias(NAME, "champion", "3")
     assert rollback(uri, "shapes").champion == 1
@@ -127,7 +128,7 @@ def test_a_call_that_was_killed_between_its_writes(uri: str, monkeypatch: pytest
 def test_versions_that_were_deleted_are_passed_over(uri: str) -> None:
     for version in (1, 2, 4):
         promote(uri, "shapes", version)
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     client.delete_model_version(NAME, "2")
     assert rollback(uri, "shapes").champion == 1
     assert json.loads(client.get_registered_model(NAME).tags["champion.history"]) == [1]

@@ -174,7 +174,7 @@ def test_the_run_in_mlflow_carries_the_name_of_the_experiment(
     assert shell(root, "git", "status", "--porcelain").stdout == ""
     uri = f"sqlite:///{root / 'mlflow.db'}"
     sync(uri, root)
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     experiment: Any = client.get_experiment_by_name("dspo")
     runs = [run for run in client.search_runs([experiment.experiment_id]) if "dvc.stage" not in run.data.tags]
     by_lr = {run.data.params["train.lr"]: run.info.run_name for run in runs if "dvc.exp_name" in run.data.tags}

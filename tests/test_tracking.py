@@ -142,7 +142,7 @@ def silent_server() -> Iterator[str]:
 
 
 def runs(uri: str) -> list[mlflow.entities.Run]:
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name("dspo")
     return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
 
@@ -168,7 +168,7 @@ def test_a_run_is_mirrored_whole_and_only_once(root: Path, uri: str) -> None:
     assert tags["git.dirty"] == "false"
     assert len(tags["dvc.lock_md5"]) == len(tags["dvc.params_md5"]) == 32
 
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     train = stages["train"]
     assert train.data.tags["dvc.dep.prepared"].endswith(".dir")
     curve = client.get_metric_history(train.info.run_id, "log.loss")
@@ -198,7 +198,7 @@ def test_datasets_are_inputs_with_the_digest_that_dvc_gave_them(root: Path, uri:
 
 def test_the_pages_say_what_a_person_wants_to_know(root: Path, uri: str, finished_run: Path) -> None:
     sync(uri, root)
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     (parent,) = parents(uri)
     run, experiment = parent.info.run_id, client.get_experiment(parent.info.experiment_id)
     picture = client.download_artifacts(run, "sample_grid.png", str(root))
@@ -231,10 +231,9 @@ def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
 ) -> None:
     sync(uri, root)
     promote(uri, "shapes")
-    version = MlflowClient(uri).get_model_version_by_alias("dspo-adapter-shapes", "champion")
+    version = MlflowClient(uri, uri).get_model_version_by_alias("dspo-adapter-shapes", "champion")
     assert {"git.commit", "dvc.lock_md5", "dvc.params_md5", "dvc.adapter_md5"} <= version.tags.keys()
     mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
     logged = mlflow.diffusers.load_model("models:/dspo-adapter-shapes@champion")
     assert logged.base_model == str(finished_run.parent / "base")
     assert Path(logged.adapter_path).is_relative_to(root / "mlartifacts")
@@ -259,7 +258,7 @@ def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
 
 def test_only_an_adapter_that_the_gold_judge_prefers_becomes_champion(root: Path, uri: str) -> None:
     sync(uri, root)
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     assert client.get_registered_model("dspo-adapter-shapes").aliases == {}  # sending moves nothing
     assert promote(uri, "shapes").champion == 1
     set_params(root, root.parent / "base", lr=0.2, low=0.4)
@@ -282,7 +281,7 @@ def test_experiments_are_mirrored_under_their_names(root: Path, uri: str) -> Non
     assert by_lr["0.7"].info.run_name == by_lr["0.7"].data.tags["dvc.exp_name"] == "hot"
     assert by_lr["0.7"].data.tags["dvc.baseline_rev"] == by_lr["0.1"].data.tags["git.commit"]
     # The same adapter from another learning rate: one version of the registered model.
-    assert len(MlflowClient(uri).search_model_versions("name = 'dspo-adapter-shapes'")) == 1
+    assert len(MlflowClient(uri, uri).search_model_versions("name = 'dspo-adapter-shapes'")) == 1
 
 
 def test_an_experiment_in_the_workspace_is_one_run_and_keeps_its_name(root: Path, uri: str) -> None:
@@ -371,7 +370,7 @@ def one_of_each(uri: str, root: Path) -> None:
     (parent,) = parents(uri)
     assert len(runs(uri)) == 4
     assert {run.info.status for run in runs(uri)} == {"FINISHED"}
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)
     (version,) = client.search_model_versions("name = 'dspo-adapter-shapes'")
     (model,) = client.search_logged_models([parent.info.experiment_id])
     assert version.run_id == model.source_run_id == parent.info.run_id

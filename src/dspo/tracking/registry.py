@@ -64,7 +64,6 @@ def run_of_version(client: MlflowClient, record: RunRecord) -> str | None:
 
 def _log(client: MlflowClient, experiment: str, run: str, record: RunRecord, adapter: Path) -> ModelInfo:
     mlflow.set_tracking_uri(client.tracking_uri)
-    mlflow.set_registry_uri(client.tracking_uri)
     mlflow.set_experiment(experiment_id=experiment)  # where the model's files go
     weights = as_diffusers(adapter, adapter.with_name("diffusers") / "pytorch_lora_weights.safetensors")
     return Model.log(
