@@ -293,6 +293,19 @@ def test_gates_hold_for_good_figures_and_bad_files_are_named(
         assert wrong in capsys.readouterr().err
 
 
+def test_bounds_known_to_be_missed_are_excused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = deepcopy(GOOD_SUMMARY)
+    summary["evaluation"]["diversity_ratio"] = 0.5
+    path, name = tmp_path / "summary.json", "diversity among right images, tuned / base"
+    write_json(summary, path)
+    assert gates_main([str(path), "--missed", name]) == 0
+    summary["evaluation"]["gold"]["win_rate"] = 0.6
+    write_json(summary, path)
+    assert gates_main([str(path), "--missed", name]) == 1
+    assert gates_main([str(path), "--missed", "no such"]) == 2
+    assert "no such bound: no such" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [

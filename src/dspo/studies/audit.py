@@ -5,6 +5,7 @@ python -m dspo.studies.audit --params params.yaml --prompts data/prompts.csv --a
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 from dspo.data.files import write_json
@@ -26,7 +27,8 @@ def main(argv: list[str]) -> None:
     params = load_params(args.params)
     settings = params.active.evaluate
     known = [prompt.text for prompt in read_prompts(args.prompts, params.active.prompts.max_characters)]
-    prompts = fresh_prompts(args.num_prompts, known, args.seed, "audit")
+    seed = args.seed if args.seed is not None else adapter_seed(args.adapter)
+    prompts = fresh_prompts(args.num_prompts, known, seed, "audit")
 
     inputs = [args.prompts, args.adapter, args.reward, args.second_judge, *local_files(params.active.base)]
     what_decides = {
@@ -34,21 +36,21 @@ def main(argv: list[str]) -> None:
         "evaluate": settings.model_dump(),
         "num_prompts": args.num_prompts,
         "seeds": args.seeds,
-        "seed": args.seed,
+        "seed": seed,
     }
     scratch = open_scratch("audit", what_decides, inputs)
     judges = load_judges(params, args.reward, args.second_judge, processes())
-    noise_seed = keyed_seed(args.seed, "audit")
+    noise_seed = keyed_seed(seed, "audit")
     pipe = load_pipeline(params.active.base, device())
     base = judged_samples(pipe, prompts, args.seeds, noise_seed, params, judges, scratch.path / "base")
     pipe.unet = load_adapter(pipe.unet, args.adapter)
     tuned = judged_samples(pipe, prompts, args.seeds, noise_seed, params, judges, scratch.path / "tuned")
 
-    how = Comparison(settings.tie_band, settings.bootstrap_resamples, args.seed)
+    how = Comparison(settings.tie_band, settings.bootstrap_resamples, seed)
     figures = {
         "num_prompts": args.num_prompts,
         "seeds": args.seeds,
-        "seed": args.seed,
+        "seed": seed,
         "sampler": settings.sampler.model_dump(),
         "tuned_against_base": compare.tuned_against_base(base, tuned, how),
         "verdict": compare.verdict(how.win_rates(tuned, base)),
@@ -57,13 +59,18 @@ def main(argv: list[str]) -> None:
     scratch.publish({"audit.json": args.output})
 
 
+def adapter_seed(adapter: Path) -> int:
+    """A seed of the adapter's own: no audit's prompts and noise are met again by the adapter that comes after it."""
+    return int(hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:8], 16)
+
+
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("params", "prompts", "adapter", "reward", "second-judge", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--num-prompts", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2, help="images per prompt and model")
-    parser.add_argument("--seed", type=int, default=1, help="of the prompts and the noise")
+    parser.add_argument("--seed", type=int, help="of the prompts and the noise; default: from the adapter's hash")
     return parser.parse_args(argv)
 
 
