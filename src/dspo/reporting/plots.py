@@ -107,6 +107,30 @@ def judges_plot(rows: Mapping[str, Mapping[str, Any]], names: Names = BASE_AND_T
     return figure
 
 
+def seeds_plot(study: Mapping[str, Any]) -> Figure:
+    """Decided win rate over base of each loss with its 95 % interval, and a ring for each training seed.
+
+    ``study``: what ``loss_seeds.json`` holds. A loss of which a training ran away has the rings of the others alone.
+    """
+    losses = study["settings"]["losses"]
+    figure = new_figure(7.0, 0.42 * len(losses) + 0.9)
+    axis = figure.subplots()
+    for position, loss in enumerate(losses):
+        arm = study["arms"][loss]
+        pooled, seeds = arm["against_base"], [row["win_rate"] for row in arm["seeds"].values()]
+        if pooled and pooled["win_rate"] is not None:
+            axis.plot([pooled["low"], pooled["high"]], [position] * 2, color=TUNED_COLOUR, linewidth=3, alpha=0.5)
+            axis.plot(pooled["win_rate"], position, "|", color=TUNED_COLOUR, markersize=12, markeredgewidth=2)
+        shown = [rate for rate in seeds if rate is not None]
+        axis.plot(shown, [position] * len(shown), "o", color=TUNED_COLOUR, markerfacecolor="none", markersize=6)
+    axis.axvline(0.5, color=THIRD_COLOUR, linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(losses)), losses)
+    axis.set_ylim(len(losses) - 0.5, -0.5)
+    axis.set_xlim(0, 1)
+    plain(axis, "Gold win rate over base; a ring is a training seed", "share of decided images")
+    return figure
+
+
 def score_distributions(
     base: pd.DataFrame, tuned: pd.DataFrame, columns: Sequence[str], names: Names = BASE_AND_TUNED
 ) -> Figure:

@@ -26,6 +26,7 @@ class Table:
     columns: tuple[str, ...]
     rows: list[list[str]]
     note: str = ""
+    figure: str = ""  # name of the drawing that shows the same
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     judge = main_judge(rates)
     judges = sorted(main_first(rates), key=lambda name: name != judge)
     figures = draw(paths, results, training, base, tuned)
+    if "loss_seeds" in studies:
+        figures["loss_seeds"] = plots.seeds_plot(studies["loss_seeds"])
     hashes = {str(path): digest(path) for path in inputs}
     page = render_page(
         results=results,
