@@ -12,7 +12,7 @@ STAMP := .venv/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup lock repro gates report shapes ablation losses overopt audit sampler smoke-sdxl bench test lint format deps mlflow sync exp-show image
+.PHONY: help setup lock repro gates report shapes ablation losses loss-seeds overopt audit sampler smoke-sdxl bench test lint format deps mlflow sync exp-show image
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,10 @@ losses: setup ## the preference losses beside each other, tuned on validation, f
 	python -m dspo.studies.losses --params params.yaml --prompts data/prompts.csv --validation-prompts data/prompts/validation.csv \
 	  --candidates data/candidates --pairs data/pairs --reward models/reward --second-judge models/shapes-judge --output reports/studies $(STUDY)
 	cp reports/studies/losses.json reports/losses.json
+
+loss-seeds: setup ## seven losses at their own settings over three training seeds, as a matrix of DVC stages
+	dvc repro pipelines/losses/dvc.yaml
+	cp pipelines/losses/loss_seeds.* reports/studies/
 
 overopt: setup ## where the proxy goes on rising and the gold judge does not
 	python -m dspo.studies.overopt --params params.yaml --prompts data/prompts.csv --rated data/raw/shapes-rated.parquet \
