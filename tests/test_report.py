@@ -133,6 +133,31 @@ FILES: Json = {
         },
         "head_to_head": [CONTEST, CONTEST | {"second": "dspo, beta = 0", "separable": False}],
     },
+    "loss_seeds": {
+        "settings": {"losses": ["sft", "dpo"], "seeds": 2, "prompts": 200, "images_per_prompt": 2},
+        "arms": {
+            "dpo": {
+                "ran_away": 1,
+                "against_base": None,
+                "against_base_second": None,
+                "fully_right": None,
+                "drift": None,
+                "seed_sd": None,
+                "seeds": {"0": {"win_rate": 0.55}, "1": {"win_rate": None}},
+            },
+            "sft": {
+                "ran_away": 0,
+                "against_base": rate(0.7, 0.6, 0.8),
+                "against_base_second": rate(0.65, 0.6, 0.7),
+                "fully_right": 0.6,
+                "drift": 1e-3,
+                "seed_sd": 0.02,
+                "seeds": {"0": {"win_rate": 0.68}, "1": {"win_rate": 0.72}},
+            },
+        },
+        "base": {"fully_right": 0.53},
+        "head_to_head": [],
+    },
     "overopt": {
         "rows": [
             {
@@ -195,8 +220,8 @@ def write_data(root: Path) -> None:
     (root / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
 
 
-def report(project: Path, output: Path) -> Path:
-    for name, study in FILES.items():
+def report(project: Path, output: Path, studies: Json = FILES) -> Path:
+    for name, study in studies.items():
         write_json(study, project / "studies" / f"{name}.json")
     paths = {name: project / name for name in (*INPUTS, "studies")} | {"output": output}
     options = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
@@ -378,6 +403,23 @@ def test_every_study_has_its_table() -> None:
     assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
     losses = next(table for table in tables if "Losses" in table.title)
     assert losses.rows[0][2] == "0.60* (0.50 to 0.70)" and losses.rows[1][5] == "ran away"
+    seeds = next(table for table in tables if "seeds" in table.title)
+    assert [row[:3] for row in seeds.rows] == [["sft", "0.70 (0.60 to 0.80)", "0.65 (0.60 to 0.70)"], ["dpo", "–", "–"]]
+
+
+def test_a_study_with_a_drawing_has_it_on_the_page_and_without_the_study_there_is_none(
+    project: Path, reports: Path, tmp_path: Path
+) -> None:
+    assert (reports / "plots" / "loss_seeds.png").exists()
+    assert 'aria-label="Losses over training seeds; the table below has the figures"' in page_of(reports)
+    without = Path(shutil.copytree(project, tmp_path / "project"))
+    shutil.rmtree(without / "studies")
+    bare = report(without, tmp_path / "reports", studies={})
+    assert not (bare / "plots" / "loss_seeds.png").exists() and "training seeds" not in page_of(bare)
+
+
+def page_of(reports: Path) -> str:
+    return (reports / "index.html").read_text()
 
 
 def test_the_picture_for_the_readme_has_eight_columns(reports: Path) -> None:
@@ -403,7 +445,7 @@ def test_the_page_fits_a_wide_and_a_narrow_screen(browser: Browser, reports: Pat
     assert browser.js("document.documentElement.scrollWidth") <= width
     shown = "[...document.images].filter(image => image.naturalWidth === 16 && image.checkVisibility()).length"
     assert browser.js(shown) == page.read_text().count("<img ") == 2 * len(images(0))
-    assert browser.js("document.querySelectorAll('svg').length") == 4
+    assert browser.js("document.querySelectorAll('svg').length") == 5
     assert browser.js("document.querySelector('.tools').checkVisibility()") == script
     assert clean(browser)
 
