@@ -8,11 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import save, save_file
 
-from dspo.data.files import write_json
+from dspo.data.files import write_bytes, write_json
 from dspo.data.images import encode_png, read_table, write_table
 from dspo.errors import UserError
+from dspo.preference.checkpoint import TrainingState
+from dspo.preference.checkpoint import save_checkpoint as save_training
+from dspo.reward.training import save_checkpoint as save_reward_training
 from dspo.stages import prepare_prompts, prepare_ratings
 from dspo.stages.runner import run
 
@@ -154,6 +159,7 @@ def test_prompt_outside_the_grammar(fails):
 
 
 FULL = Path("/dev/full")
+WIDE = torch.zeros(10**5)
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which is Linux's")
@@ -162,6 +168,9 @@ def test_full_disk(folder):
     for name, write in (
         ("t.parquet", lambda path: write_table(pa.table({"x": ["x" * 10**6]}), path)),
         ("t.json", lambda path: write_json("x" * 10**6, path)),
+        ("t.safetensors", lambda path: write_bytes(save({"x": WIDE}), path)),
+        ("t.pt", lambda path: save_training(path, TrainingState(1, {"x": WIDE}, {}, None))),
+        ("t.reward.pt", lambda path: save_reward_training(path, {"x": WIDE})),
     ):
         (folder / f"{name}.partial").symlink_to(FULL)
         with pytest.raises(
@@ -169,6 +178,13 @@ def test_full_disk(folder):
         ):
             write(folder / name)
         assert list(folder.glob("t.*")) == []
+
+
+def test_weights_are_written_as_safetensors_own_writer_does(folder):
+    tensors, metadata = {"b": torch.arange(3.0), "a": WIDE.half()}, {"format": "pt"}
+    save_file(tensors, folder / "theirs.safetensors", metadata)
+    write_bytes(save(tensors, metadata), folder / "ours.safetensors")
+    assert (folder / "ours.safetensors").read_bytes() == (folder / "theirs.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which is Linux's")

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def save_tiny_adapter(folder: Path) -> None:
         if "lora_A" in name or "lora_B" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
+    name_base(folder, "models/base")
+
+
+def name_base(adapter: Path, base: str) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +199,16 @@ def test_no_second_judge(project: Path, tmp_path: Path) -> None:
     argv = ["--params", str(project / "params.yaml"), "--prompts", "x", "--train-prompts", "x", "--adapter", "x"]
     with pytest.raises(UserError, match="--second-judge"):
         evaluate.main([*argv, "--reward", "x", "--output", str(tmp_path / "out")])
+
+
+def test_an_adapter_of_another_base_of_equal_shapes(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(project, tmp_path / "project")
+    name_base(other / "adapter", "someone/else")
+    with pytest.raises(UserError, match="was trained on 'someone/else'"):
+        run_stage(other, tmp_path, monkeypatch)
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_no_prompts(project: Path, tmp_path: Path) -> None:

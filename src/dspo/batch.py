@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from dspo.data.files import read_json, whole_file, write_json
@@ -85,19 +85,6 @@ def adapter_folder(model: Path) -> Path:
         f"{model}: no adapter here; expected {' and '.join(ADAPTER_FILES)}. "
         "Give the --output folder of `dspo train`, or models/adapter."
     )
-
-
-def check_base(adapter: Path, base: BaseModelParams) -> None:
-    """Raise :class:`UserError` if the adapter names another base model than ``base``.
-
-    Names are compared by their last part: a hub id and a local copy of it are the same model.
-    """
-    trained_on = read_json(adapter / ADAPTER_FILES[0]).get("base_model_name_or_path") or ""
-    if PurePath(trained_on).name != PurePath(base.model).name:
-        raise UserError(
-            f"{adapter}: the adapter was trained on {trained_on!r}, the base model here is {base.model!r}. "
-            "Set `world` in params.yaml to the one it was trained in, or name the base model with --model-name."
-        )
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:

@@ -119,7 +119,8 @@ def batch_generate(
     world = settings.active
     wanted = read_prompts(prompts, world.prompts.max_characters)
     base = _with_model(world.base, model_name)
-    from dspo.batch import adapter_folder, check_base, generate  # costly; mistakes above are told at once
+    from dspo.batch import adapter_folder, generate  # costly; mistakes above are told at once
+    from dspo.preference.dora import check_base
 
     adapter = adapter_folder(model)
     if model_name is None:
@@ -175,10 +176,11 @@ def export(
 ) -> None:
     """Write a tuned model for other programs, and say how close it comes once they have loaded it."""
     base = load_params(params).active.base
-    from dspo.batch import adapter_folder, check_base  # costly
+    from dspo.batch import adapter_folder  # costly
     from dspo.environment import device
     from dspo.export.run import export as write
     from dspo.export.run import formats
+    from dspo.preference.dora import check_base
 
     if format not in formats():
         raise UserError(f"--format {format}: expected one of {', '.join(formats())}")
@@ -217,7 +219,8 @@ def compare(
     settings = load_params(params)
     world = settings.active
     wanted = read_prompts(prompts, world.prompts.max_characters)
-    from dspo.batch import adapter_folder, check_base  # costly; mistakes above are told at once
+    from dspo.batch import adapter_folder  # costly; mistakes above are told at once
+    from dspo.preference.dora import check_base
 
     adapters = adapter_folder(first), adapter_folder(second)
     if model_name is None:

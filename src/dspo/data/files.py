@@ -49,6 +49,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_bytes(content: bytes | memoryview, path: Path) -> None:
+    """Make ``path`` a file of this content. Raises as :func:`whole_file`.
+
+    What torch and safetensors make goes through here: their own writers report a full disk as any other error.
+    """
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
 def write_json(value: Any, path: Path) -> None:
     """Canonical JSON: sorted keys, two spaces, one line end; NaN and infinity are refused with ``ValueError``."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

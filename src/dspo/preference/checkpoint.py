@@ -1,5 +1,6 @@
 """The state of a training run on disk: everything that the next step depends on. Read with ``weights_only=True``."""
 
+import io
 import pickle
 import sys
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dspo.data.files import whole_file
+from dspo.data.files import write_bytes
 from dspo.errors import UserError
 from dspo.preference.diagnostics import Row
 from dspo.preference.dora import State
@@ -35,11 +36,15 @@ class TrainingState:
 
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
-    """Replace the file whole, so that a kill leaves the old one. Equal states give equal bytes."""
+    """Replace the file whole, so that a kill leaves the old one. Equal states give equal bytes.
+
+    Raises :class:`UserError` if the disk is full.
+    """
     fields = {name: getattr(state, name) for name in ("step", "adapter", "optimizer", "ema", "log", "epochs")}
     best = None if state.best is None else {name: getattr(state.best, name) for name in ("epoch", "reward", "adapter")}
-    with whole_file(path) as partial:
-        torch.save(_interned(fields | {"best": best}), partial)
+    content = io.BytesIO()
+    torch.save(_interned(fields | {"best": best}), content)
+    write_bytes(content.getbuffer(), path)
 
 
 def load_checkpoint(path: Path, like: State, device: torch.device) -> TrainingState:

@@ -10,7 +10,7 @@ the untrained policy equals the reference to the bit. An adapter on disk is load
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -19,14 +19,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dspo.data.files import read_json, whole_file, write_json
+from dspo.data.files import read_json, write_bytes, write_json
 from dspo.data.keys import keyed_seed
 from dspo.errors import UserError
-from dspo.params import TrainParams
+from dspo.params import BaseModelParams, TrainParams
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -189,11 +189,14 @@ class Adapter:
             self.load(own)
 
     def save(self, folder: Path, base: str) -> None:
-        """Write peft's two files, to the byte the same for the same parameters. ``base`` names the base model."""
+        """Write peft's two files, to the byte the same for the same parameters. ``base`` names the base model.
+
+        Raises :class:`UserError` if the disk is full.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = get_peft_model_state_dict(self._peft, adapter_name=NAME)
-        with whole_file(folder / WEIGHTS) as partial:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
+        content = save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+        write_bytes(content, folder / WEIGHTS)
         config = self.config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         write_json(json.loads(json.dumps(plain)), folder / CONFIG)  # enums become their strings
@@ -237,6 +240,19 @@ def load_adapter(unet: UNet2DConditionModel, folder: Path) -> PeftModel:
         raise UserError(f"{folder / CONFIG}: not the configuration of a LoRA or DoRA adapter in PEFT's format")
     _check_fits(unet, _shapes(folder / WEIGHTS), config, folder)
     return PeftModel.from_pretrained(unet, folder)
+
+
+def check_base(adapter: Path, base: BaseModelParams) -> None:
+    """Raise :class:`UserError` if the adapter names another base model than ``base``.
+
+    Names are compared by their last part: a hub id and a local copy of it are the same model.
+    """
+    trained_on = read_json(adapter / CONFIG).get("base_model_name_or_path") or ""
+    if PurePath(trained_on).name != PurePath(base.model).name:
+        raise UserError(
+            f"{adapter}: the adapter was trained on {trained_on!r}, the base model here is {base.model!r}. "
+            "Set `world` in params.yaml to the one it was trained in, or name the base model with --model-name."
+        )
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from dspo.data.files import write_json
+from dspo.data.files import write_bytes, write_json
 from dspo.data.images import Pixels, decode_image, open_parquet, read_table, table_writer
 from dspo.data.keys import prompt_id
 from dspo.data.readers.comparison import Comparison
@@ -79,7 +79,7 @@ def write_foreign_pairs(
     if not held_out:
         raise UserError("score.validation_share is 0, but the best epoch is chosen on held-out pairs. Raise it.")
     _split(output, held_out)
-    save_file(text_tensors(base, captions, device), output / "text.safetensors")
+    write_bytes(save(text_tensors(base, captions, device)), output / "text.safetensors")
     held = sum(prompt in held_out for prompt in table["prompt_id"].to_pylist())
     summary = {
         "pairs": len(table),

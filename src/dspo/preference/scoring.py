@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dspo import distributed
-from dspo.data.files import write_json
+from dspo.data.files import write_bytes, write_json
 from dspo.data.images import Pixels, decode_image, read_table, write_table
 from dspo.data.records import CANDIDATES, HEADS, PAIRS
 from dspo.diffusion.base import encode_null, encode_prompts, load_text_encoders
@@ -88,7 +88,7 @@ def write_pairs(
     for split, members in splits.items():
         write_table(pa.Table.from_pylist(members, schema=PAIRS), output / f"{split}.parquet")
     captions = {row["prompt_id"]: row["caption"] for row in rows}
-    save_file(text_tensors(base, captions, device), output / "text.safetensors")
+    write_bytes(save(text_tensors(base, captions, device)), output / "text.safetensors")
     write_scores(scored, scorer.heads, output / "scores.csv")
     shutil.rmtree(unfinished)
     write_json(summary(scored, pairs, splits, scorer), output / "summary.json")

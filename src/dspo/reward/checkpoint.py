@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dspo.data.files import read_json, write_json
+from dspo.data.files import read_json, write_bytes, write_json
 from dspo.data.images import Pixels
 from dspo.errors import UserError
 from dspo.params import RewardParams
@@ -76,16 +76,11 @@ def save_reward(
     """Write ``config.json``, ``model.safetensors`` (EMA) and ``raw.safetensors``.
 
     ``backbone_sha256``: ``weights_sha256`` of the backbone before training.
+    Raises :class:`UserError` if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in trained.ema.items()},
-        folder / EMA_WEIGHTS,
-    )
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in trained.raw.items()},
-        folder / RAW_WEIGHTS,
-    )
+    for name, state in ((EMA_WEIGHTS, trained.ema), (RAW_WEIGHTS, trained.raw)):
+        write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in state.items()}), folder / name)
     config = {
         "params": params.model_dump(mode="json"),
         "heads": list(model.heads),

@@ -4,9 +4,9 @@ Every draw is keyed by seed, purpose and step, and a checkpoint holds all that t
 killed and started again ends in the same bytes.
 """
 
+import io
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspo.data.files import write_bytes
 from dspo.data.keys import keyed_rng
 from dspo.errors import UserError
 from dspo.params import RewardParams
@@ -262,7 +263,7 @@ def load_weights(model: RewardModel, state: State) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint whole, so that a kill leaves the old one."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    """Replace the file whole, so that a kill leaves the old one. Raises :class:`UserError` if the disk is full."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_bytes(content.getbuffer(), path)

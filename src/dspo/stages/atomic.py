@@ -108,7 +108,7 @@ def _put(source: Path, final: Path) -> None:
         _link(source, incoming)
     for path in (*incoming.rglob("*"), incoming):
         if path.is_file():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
+            path.chmod(0o644)  # whatever the umask of the process that wrote it
         sync(path)
     if final.exists():  # a folder cannot be renamed over a full one
         os.rename(final, outgoing)
