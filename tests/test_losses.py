@@ -126,6 +126,14 @@ def test_two_sided_dspo_settles_between_where_winners_and_losers_point() -> None
     torch.testing.assert_close(e.detach(), r + (y_w - y_l) / (2 * (1 - LAM)))
 
 
+def test_two_sided_pull_is_lam_until_the_winner_is_preferred() -> None:
+    u = torch.tensor([-2.0, 0.0, 1.0])
+    expected = LAM * torch.tensor([1.0, 1.0, 2 / (1 + math.e)])
+    for k in (losses.two_sided_pull(u, LAM), losses.pull_of("dspo_two_sided", u, Strength(100.0, LAM, 1.0))):
+        torch.testing.assert_close(k, expected)
+    assert losses.pull_of("dpo", u, Strength(100.0, LAM, 1.0)) is None
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 300.0])
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.9])
 def test_dspo_at_the_reference_is_sft(beta: float, lam: float) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dspo.preference.losses import Predictions, Terms, error, pull
+from dspo.preference.losses import Predictions, Terms, error
 
 Columns = dict[str, Tensor]  # [N] float32 each
 Row = dict[str, float | None]
@@ -13,11 +13,11 @@ WATCHED = ("winner_gap", "loser_gap", "u")
 
 
 @torch.no_grad()
-def pair_columns(losses: Tensor, p: Predictions, terms: Terms, t: Tensor, pull_strength: float | None) -> Columns:
+def pair_columns(losses: Tensor, p: Predictions, terms: Terms, t: Tensor, k: Tensor | None) -> Columns:
     """One value per pair of everything that can be told from the predictions at hand.
 
-    ``winner_gap`` = L_w - R_w, ``loser_gap`` = L_l - R_l, ``u``; ``pull`` = k ||e_w - r_w|| / ||e_w - y|| with
-    k = pull_strength * (1 - sigmoid(u)), for DSPO: below 0.1 the step is SFT's.
+    ``winner_gap`` = L_w - R_w, ``loser_gap`` = L_l - R_l, ``u``; ``pull`` = k ||e_w - r_w|| / ||e_w - y||, ``k`` [N]
+    being DSPO's: below 0.1 the winner's term is SFT's.
     """
     columns = {"loss": losses, "timestep": t.float()}
     if terms.R_w is not None:
@@ -26,9 +26,8 @@ def pair_columns(losses: Tensor, p: Predictions, terms: Terms, t: Tensor, pull_s
         columns["loser_gap"] = terms.L_l - terms.R_l
     if terms.u is not None:
         columns["u"] = terms.u
-        if pull_strength is not None and p.r_w is not None:
-            away = error(p.e_w, p.r_w) / error(p.e_w, p.y_w)
-            columns["pull"] = pull(terms.u, pull_strength) * away.sqrt()
+    if k is not None and p.r_w is not None:
+        columns["pull"] = k * (error(p.e_w, p.r_w) / error(p.e_w, p.y_w)).sqrt()
     return {name: column.detach() for name, column in columns.items()}
 
 

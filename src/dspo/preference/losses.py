@@ -138,6 +138,23 @@ def pull(u: Tensor, strength: float) -> Tensor:
     return strength * torch.sigmoid(-u)
 
 
+def two_sided_pull(u: Tensor, lam: float) -> Tensor:
+    """k = lam * min(1, 2 (1 - sigmoid(u))), [B]: lam until the policy prefers the winner, then less."""
+    return (2 * pull(u, lam)).clamp(max=lam)
+
+
+def pull_of(loss: LossName, u: Tensor, strength: Strength) -> Tensor | None:
+    """The k of the loss, [B]; None for a loss that has none."""
+    match loss:
+        case "dspo":
+            return pull(u, strength.lam)
+        case "dspo_two_sided":
+            return two_sided_pull(u, strength.lam)
+        case "dspo_official_sd15":
+            return pull(u, strength.beta)
+    return None
+
+
 def dspo(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, lam: float, permute_k: bool = False) -> Tensor:
     """Two-parameter DSPO: || e_w - sg(y + k (e_w - r_w)) ||^2 / D, k = lam (1 - sigmoid(u)), D = C H W.
 
@@ -166,7 +183,7 @@ def dspo_two_sided(
     it is DiffusionNFT's loss (Zheng et al., 2025) on fixed pairs. omega [B] as in u: errors in the noise are largest
     where little noise is left, and without it those steps would rule, which decide texture and not what is where.
     """
-    k = (2 * pull(u, lam)).clamp(max=lam)
+    k = two_sided_pull(u, lam)
     mirrored = 2 * r_l - e_l
     winner = error(e_w, (y_w + _per_pair(k) * (e_w - r_w)).detach())
     loser = error(mirrored, (y_l + _per_pair(k) * (mirrored - r_l)).detach())

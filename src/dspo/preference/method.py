@@ -13,7 +13,7 @@ from dspo.params import TrainParams
 from dspo.preference.dataset import Batch, Draw, Pairs, make_batch, on_device
 from dspo.preference.diagnostics import Columns, pair_columns
 from dspo.preference.dora import Adapter
-from dspo.preference.losses import NEEDS, Needs, Predictions, Strength, pair_losses, shared_terms
+from dspo.preference.losses import NEEDS, Needs, Predictions, Strength, pair_losses, pull_of, shared_terms
 from dspo.preference.schedule import NoiseSchedule
 
 
@@ -26,7 +26,6 @@ class Method:
         self.needs = NEEDS[params.loss]
         omega = schedule.omega(params.timestep_weight_bias)
         self.omega = omega if self.needs.omega else torch.ones_like(omega)
-        self.pull_strength = {"dspo": params.lam, "dspo_official_sd15": params.beta}.get(params.loss)
 
     def batch(self, pairs: Pairs, draws: Sequence[Draw]) -> Batch:
         return make_batch(pairs, draws, self.schedule, self.adapter.dtype, self.adapter.device)
@@ -36,7 +35,8 @@ class Method:
         p = predict(self.adapter, batch, needs, reference)
         terms = shared_terms(p, self.strength.beta, self.omega[batch.t])
         losses = pair_losses(self.loss, p, terms, batch.delta, self.strength)
-        return losses, pair_columns(losses, p, terms, batch.t, self.pull_strength)
+        k = None if terms.u is None else pull_of(self.loss, terms.u, self.strength)
+        return losses, pair_columns(losses, p, terms, batch.t, k)
 
 
 class References:
