@@ -107,6 +107,7 @@ DATA: Json = {
 CONTEST = {"first": "dspo", "second": "sft", **rate(0.6, 0.5, 0.7), "separable": True}
 FILES: Json = {
     "ablation": {
+        "full_macro_f1": 0.85,
         "plain_head_macro_f1": 0.8,
         "ceiling_macro_f1": 0.9,
         "n_pairs": 2500,
@@ -329,6 +330,13 @@ def test_bounds_known_to_be_missed_are_excused_by_name(tmp_path: Path, capsys: p
     assert gates_main([str(path), "--missed", name]) == 1
     assert gates_main([str(path), "--missed", "no such"]) == 2
     assert "no such bound: no such" in capsys.readouterr().err
+
+
+def test_the_plain_head_of_another_reward_model_is_no_figure_of_this_one() -> None:
+    ablation = {"full_macro_f1": PART["macro_f1"], "plain_head_macro_f1": 0.7}
+    assert summarise(GOOD, REWARD, TRAINING, ablation)["reward_model"]["plain_head_macro_f1"] == 0.7
+    ablation["full_macro_f1"] -= 0.01
+    assert summarise(GOOD, REWARD, TRAINING, ablation)["reward_model"]["plain_head_macro_f1"] is None
 
 
 @pytest.mark.parametrize(

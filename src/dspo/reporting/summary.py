@@ -6,13 +6,14 @@ from typing import Any
 from dspo.reward.report import judged_part
 
 Json = Mapping[str, Any]
+SAME_MODEL = 1e-3  # of macro-F1: the same training on another number of threads differs by less
 
 
 def summarise(results: Json, reward_report: Json, training: Json, ablation: Json | None) -> dict[str, Any]:
     """What ``reports/summary.json`` holds. ``None`` where the world has no gold judge or the study was not run.
 
     ``results``: of the stage evaluate; ``reward_report``: of train_reward; ``training``: metrics.json of train;
-    ``ablation``: the committed reports/studies/ablation.json.
+    ``ablation``: the committed reports/studies/ablation.json; its plain head counts where its full model is this one.
     """
     tuned = results["tuned_against_base"]
     reward = judged_part(reward_report)
@@ -28,10 +29,18 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
             "ci95": [reward["macro_f1_low"], reward["macro_f1_high"]],
             "ceiling": reward["ceiling_macro_f1"],
             "constant_f1": reward["constant_f1"],
-            "plain_head_macro_f1": ablation["plain_head_macro_f1"] if ablation else None,
+            "plain_head_macro_f1": plain_head(reward["macro_f1"], ablation),
         },
         "train": {"loss": training["train_loss"], "steps": training["steps"], "pairs": training["pairs"]},
     }
+
+
+def plain_head(macro_f1: float, ablation: Json | None) -> float | None:
+    """Macro-F1 of the ablation's plain head; None where the ablation is missing or of another reward model."""
+    if ablation is None or abs(ablation["full_macro_f1"] - macro_f1) > SAME_MODEL:
+        return None
+    figure: float = ablation["plain_head_macro_f1"]
+    return figure
 
 
 def win_rate(rows: Json, judge: str) -> dict[str, Any] | None:
