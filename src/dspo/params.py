@@ -5,7 +5,7 @@ combination raises :class:`UserError` that names the key. Types are strict: ``"1
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,7 @@ RatingLayout = Literal[
     "shapes", "pickapic", "hpdv2", "hpdv3", "imagerewarddb", "richhf18k", "csv", "folder", "mixed"
 ]  # beside shapes: as published, see docs/data.md
 
+Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -256,14 +257,23 @@ class Params(Section):
 
 def load_params(path: Path) -> Params:
     """Read and validate a params file. Raises :class:`UserError` that names file and key."""
+    return validated(Params, read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> object:
+    """Raises :class:`UserError` if the file is missing or no YAML."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file: {error}") from None
+
+
+def validated(model: type[Model], value: object, where: object) -> Model:
+    """``value`` as a ``model``. Raises :class:`UserError` that names ``where`` and each wrong key."""
     try:
-        return Params.model_validate(raw)
+        return model.model_validate(value)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(str(part) for part in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
+        lines = [f"{where}: {'.'.join(str(part) for part in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
         raise UserError("\n".join(lines)) from None

@@ -15,7 +15,7 @@ from dspo.params import BaseModelParams, Params, RatingParams
 from dspo.reporting import tables
 from dspo.reporting.gates import gates
 from dspo.reporting.page import verdict
-from dspo.reporting.tables import Json, Table, interval, number
+from dspo.reporting.tables import Json, Table, interval, markdown, number
 from dspo.reward.report import judged_part
 
 SPLITS = ("train", "validation", "test")
@@ -132,13 +132,6 @@ def data_statement(run: Run) -> str:
         people=_privacy(simulated and run.scored),
         inputs=markdown(_inputs(run.hashes)),
     )
-
-
-def markdown(table: Table) -> str:
-    """Title, rows and note of a table."""
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    rows = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    return "\n\n".join(part for part in (table.title and f"**{table.title}**", rows, table.note) if part)
 
 
 def _render(template: str, **values: Any) -> str:

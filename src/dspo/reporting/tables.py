@@ -29,6 +29,13 @@ class Table:
     figure: str = ""  # name of the drawing that shows the same
 
 
+def markdown(table: Table) -> str:
+    """Title, rows and note of a table, in Markdown."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    rows = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n\n".join(part for part in (table.title and f"**{table.title}**", rows, table.note) if part)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:z.{digits}f}"  # z: no "-0.000"
 

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     params = load_params(args.params)
     settings = params.active.evaluate
     known = [prompt.text for prompt in read_prompts(args.prompts, params.active.prompts.max_characters)]
-    seed = args.seed if args.seed is not None else adapter_seed(args.adapter)
+    seed = adapter_seed(args.adapter)
     prompts = fresh_prompts(args.num_prompts, known, seed, "audit")
 
     inputs = [args.prompts, args.adapter, args.reward, args.second_judge, *local_files(params.active.base)]
@@ -70,7 +70,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--num-prompts", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2, help="images per prompt and model")
-    parser.add_argument("--seed", type=int, help="of the prompts and the noise; default: from the adapter's hash")
     return parser.parse_args(argv)
 
 

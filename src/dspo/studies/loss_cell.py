@@ -10,11 +10,10 @@ The adapter is that of the last epoch. After a kill the same command goes on at 
 
 import argparse
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from dspo.data.files import read_json, write_json
 from dspo.data.keys import keyed_seed
@@ -22,7 +21,7 @@ from dspo.data.prompts import read_prompts
 from dspo.diffusion.base import local_files
 from dspo.errors import UserError
 from dspo.evaluation.judges import FULLY_RIGHT, SECOND
-from dspo.params import Count, Section, TrainParams, load_params
+from dspo.params import Count, Section, TrainParams, load_params, read_yaml, validated
 from dspo.preference.dataset import load_pairs
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import run
@@ -31,8 +30,6 @@ from dspo.studies.common import fresh_prompts, load_judges
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials
 
 JUDGED = (GOLD, PROXY, SECOND, FULLY_RIGHT)
-
-Validated = TypeVar("Validated", bound=BaseModel)
 
 
 class Study(Section):
@@ -97,13 +94,7 @@ def read_cell(path: Path) -> Result | None:
 
 def load_study(path: Path) -> Study:
     """Raises :class:`UserError` that names file and key."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {error}") from None
-    return _validated(Study, raw, str(path))
+    return validated(Study, read_yaml(path), path)
 
 
 def changed(train: TrainParams, study: Study, loss: str) -> TrainParams:
@@ -113,15 +104,7 @@ def changed(train: TrainParams, study: Study, loss: str) -> TrainParams:
     """
     if loss not in study.train:
         raise UserError(f"train.{loss}: no settings of this name. There are: {', '.join(study.train)}")
-    return _validated(TrainParams, train.model_dump() | study.train[loss], f"train.{loss}")
-
-
-def _validated(kind: type[Validated], value: object, where: str) -> Validated:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        lines = [f"{where}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-        raise UserError("\n".join(lines)) from None
+    return validated(TrainParams, train.model_dump() | study.train[loss], f"train.{loss}")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from dspo.evaluation.tables import write_csv
 from dspo.params import Params, load_params
 from dspo.reporting.plots import save_png, seeds_plot
 from dspo.reporting.studies import study_tables
-from dspo.reporting.tables import Table
+from dspo.reporting.tables import markdown
 from dspo.stages.runner import arguments, run
 from dspo.studies.arms import GOLD
 from dspo.studies.loss_cell import Study, load_study, read_cell
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     write_csv(rows, list(rows[0]), paths.output / "loss_seeds.csv")
     (shown,) = study_tables({"loss_seeds": report})
     with whole_file(paths.output / "loss_seeds.md") as partial:
-        partial.write_text(markdown(shown), encoding="utf-8")
+        partial.write_text(markdown(shown) + "\n", encoding="utf-8")
     with whole_file(paths.output / "loss_seeds.png") as partial:
         save_png(seeds_plot(report), partial)
 
@@ -110,11 +110,6 @@ def _by_second_judge(
     delta = (np.stack(scores) - base.scores[SECOND]).reshape(len(scores), study.prompts, study.images)
     key = keyed_seed(params.seed, "loss seeds", loss, SECOND)
     return asdict(head_to_head(delta, 0.0, params.active.evaluate.bootstrap_resamples, key))
-
-
-def markdown(shown: Table) -> str:
-    lines = [shown.columns, ["---"] * len(shown.columns), *shown.rows]
-    return "\n".join([shown.note, "", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
 
 if __name__ == "__main__":
