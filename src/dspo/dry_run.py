@@ -95,7 +95,7 @@ def plan_generation(
     sampler, batch_size = params.active.evaluate.sampler, params.active.evaluate.batch_size
     base = load_base(base_params)
     with safe_open(adapter / ADAPTER_FILES[1], framework="pt") as file:
-        trained = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        trained = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  it has no __iter__
     images = sum(len(batch) for batch in missing_batches(prompts, seeds, batch_size, output))
     total = len(prompts) * seeds
     peak = sampling_peak(base, base_params.resolution, min(batch_size, total))

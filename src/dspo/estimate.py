@@ -181,7 +181,7 @@ def fused_attention() -> Iterator[None]:
     """Attention by the fused kernel, as CPU and CUDA compute it; the meta device would take the one that writes out all
     weights. Replaced in place, so that a pass recomputed in the backward pass takes it too."""
     plain = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = _fused  # type: ignore[assignment]
+    nn.functional.scaled_dot_product_attention = _fused  # type: ignore[assignment]  # takes what the UNet gives alone
     try:
         yield
     finally:

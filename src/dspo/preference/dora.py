@@ -258,7 +258,7 @@ def check_base(adapter: Path, base: BaseModelParams) -> None:
 def _shapes(path: Path) -> dict[str, list[int]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  it has no __iter__
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:

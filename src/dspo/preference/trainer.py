@@ -189,7 +189,7 @@ def make_optimizer(adapter: Adapter, params: TrainParams) -> torch.optim.Optimiz
     if params.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=params.lr, fused=True)
     try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]
+        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
     except ImportError:
         raise UserError(
             "train.optimizer: adamw8bit needs the package torchao, which is not installed; `pip install torchao`"

@@ -122,7 +122,8 @@ def asked_value(request: Request, attribute: str) -> str | None:
     """What the request asks for the attribute, one of ATTRIBUTES; None where it is free or there is no such object."""
     name, _, number = attribute.partition("_")
     if not number:
-        return getattr(request, name)  # type: ignore[no-any-return]
+        value: str | None = getattr(request, name)
+        return value
     return getattr(request.objects[int(number)], name) if int(number) < len(request.objects) else None
 
 

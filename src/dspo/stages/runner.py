@@ -18,7 +18,7 @@ def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
     ``module``: the name of a stage that several processes can share; ``DSPO_LAUNCH`` starts them.
     """
     if module and (command := launcher()):
-        os.execvp(command[0], [*command, "--module", module, *sys.argv[1:]])  # noqa: S606
+        os.execvp(command[0], [*command, "--module", module, *sys.argv[1:]])  # noqa: S606  no shell
     # Every process says an error; what goes on, the first one tells.
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
