@@ -27,7 +27,18 @@ from dspo.shapes.grammar import (
     random_request,
 )
 from dspo.shapes.probes import PATCH, patch_contents, patch_texture
-from dspo.shapes.render import PALETTE, SIDE, Object, Scene, coverage, random_scene, render, render_float
+from dspo.shapes.render import (
+    PALETTE,
+    SHADE,
+    SIDE,
+    Object,
+    Scene,
+    coverage,
+    random_scene,
+    render,
+    render_float,
+    shading,
+)
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
 from dspo.shapes.web import CLEAN, FAULTS, web_picture
 
@@ -101,6 +112,20 @@ def test_a_wrong_attribute_is_found_and_named(attribute: str, scene: Scene) -> N
     assert right.fully_right and not gold.fully_right
     assert [name for name, score in gold.attributes.items() if score <= 0.5] == [attribute]
     assert gold.overall < right.overall
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[1:])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pattern_is_itself_wherever_it_begins(pattern: str, shape: str) -> None:
+    """The renderer fixes it to the object's centre; a picture that does not is no less striped."""
+    across, down = np.mgrid[0:64, 0:64][::-1] + 0.5
+    for x, y in ((0.0, 0.0), (0.0, 3.5), (2.0, 1.7), (-3.0, 2.9)):
+        shade = (1 - SHADE) * shading(pattern, across - 32 - x, down - 32 - y)[..., None]
+        alpha = coverage(shape, 32.0, 32.0, 10.0)[..., None]
+        picture = to_pixels(PALETTE["teal"] * (1 - alpha) + PALETTE["red"] * (1 - shade) * alpha)
+        gold = {asked: judge(picture, f"a {asked} red {shape}").attributes["pattern_0"] for asked in PATTERNS}
+        assert gold.pop(pattern) > 0.9
+        assert max(gold.values()) < 0.1
 
 
 def test_swapped_objects_break_the_relation_alone() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dspo.shapes.grammar import PATTERNS, SHAPES
-from dspo.shapes.render import SHADE, SIDE, coverage, shading, signed_distance
+from dspo.shapes.grammar import SHAPES
+from dspo.shapes.render import DOT_PERIOD, SHADE, SIDE, STRIPE_PERIOD, coverage, shading, signed_distance
 
 Array = NDArray[np.float64]
 
@@ -34,6 +34,11 @@ _Y, _X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
 
 DIFFERENT = 0.055  # OKLab distance from the ground at which a pixel counts as something else
 LEAST_AREA = 40  # pixels; smaller regions are specks, no objects (the smallest object has 130)
+# Where a pattern may begin, (x, y) in half pixels over a period: dots have two directions, stripes one.
+_PHASES = {
+    "striped": np.array([(0.0, y) for y in np.arange(0.0, STRIPE_PERIOD, 0.5)]),
+    "dotted": np.array(list(product(np.arange(0.0, DOT_PERIOD, 0.5), repeat=2))),
+}
 _SHIFTS = np.array([(dx, dy, 0.0) for dx, dy in product((-1.0, 0.0, 1.0), repeat=2)])
 _SCALES = np.array([(0.0, 0.0, scale) for scale in (-0.05, 0.0, 0.05)])
 
@@ -179,21 +184,23 @@ def _read_pattern(
 ) -> tuple[dict[str, float], Array, float, Array]:
     """Likeness of the interior to each pattern; its lighter colour, what the best pattern leaves over, and its shading.
 
-    The brightness is regressed on each rendered pattern, shifted by up to a pixel; likeness is the share of
-    variance that it explains, times how near its depth comes to the renderer's.
+    The brightness is regressed on each rendered pattern at every phase, since stripes are stripes wherever the first of
+    them lies; likeness is the share of variance that the best phase explains, times how near its depth comes to the
+    renderer's.
     """
     pixels = rgb[inside]
     brightness = pixels.max(axis=-1)
     spread = float(brightness.std())
     likeness = {"solid": float(np.exp(-0.5 * (spread / (0.06 * max(float(brightness.mean()), 0.1))) ** 2))}
     fits = {"solid": (pixels.mean(axis=0), spread, np.zeros((SIDE, SIDE)))}
-    for pattern in PATTERNS[1:]:
-        shades = [shading(pattern, x, y + dy) for dy in (-1.0, -0.5, 0.0, 0.5, 1.0)]
-        tries = [_regress(pixels, brightness, shade[inside]) for shade in shades]
-        i = int(np.argmax([explained for explained, _, _, _ in tries]))
-        explained, depth, left, light = tries[i]
-        likeness[pattern] = max(explained, 0.0) * bell(np.log(max(depth, 1e-3) / (1 - SHADE)), 0.45)
-        fits[pattern] = (light, left, shades[i])
+    for pattern, phases in _PHASES.items():
+        places = phases + np.array([x, y])
+        shades = shading(pattern, _X[inside] - places[:, :1], _Y[inside] - places[:, 1:])
+        explained = _explained(brightness, shades)
+        i = int(np.argmax(explained))
+        depth, left, light = _regress(pixels, brightness, shades[i])
+        likeness[pattern] = float(explained[i]) * bell(np.log(max(depth, 1e-3) / (1 - SHADE)), 0.45)
+        fits[pattern] = (light, left, shading(pattern, _X - places[i, 0], _Y - places[i, 1]))
     best = max(likeness, key=lambda p: likeness[p])
     if likeness[best] < 0.25:
         best = "solid"
@@ -201,19 +208,24 @@ def _read_pattern(
     return likeness, light, left, shade
 
 
-def _regress(rgb: Array, brightness: Array, shade: Array) -> tuple[float, float, float, Array]:
-    """Explained share, relative depth, what is left over (standard deviation), and the colour where shade is 0."""
+def _explained(brightness: Array, shades: Array) -> Array:
+    """Share of the variance of the brightness [n] that each shade [..., n] explains; 0 where its dark is lighter."""
+    bright = brightness - brightness.mean()
+    centred = shades - shades.mean(axis=-1, keepdims=True)
+    common, variance = centred @ bright, (centred**2).sum(axis=-1) * (bright**2).sum()
+    return np.asarray(np.where((common < 0) & (variance > 1e-9), common**2 / np.maximum(variance, 1e-9), 0.0))
+
+
+def _regress(rgb: Array, brightness: Array, shade: Array) -> tuple[float, float, Array]:
+    """Relative depth of the shade, what it leaves over (standard deviation), and the colour where it is 0."""
     centred = shade - shade.mean()
     variance = float((centred**2).sum())
     if variance < 1e-6:
-        return 0.0, 0.0, float(brightness.std()), np.asarray(rgb.mean(axis=0))
+        return 0.0, float(brightness.std()), np.asarray(rgb.mean(axis=0))
     slope = float((centred * brightness).sum() / variance)
     light = np.asarray(rgb.mean(axis=0) - (centred[:, None] * rgb).sum(axis=0) / variance * shade.mean())
-    left = brightness - brightness.mean() - slope * centred
-    total = float(((brightness - brightness.mean()) ** 2).sum())
-    explained = 1 - float((left**2).sum()) / total if total > 1e-9 else 0.0
-    explained = explained if slope < 0 else 0.0
-    return explained, -slope / max(float(light.max()), 0.1), float(left.std()), np.clip(light, 0.0, 1.0)
+    left = float((brightness - brightness.mean() - slope * centred).std())
+    return -slope / max(float(light.max()), 0.1), left, np.clip(light, 0.0, 1.0)
 
 
 def _edge_width(difference: Array, ideal: Array, distance: Array, contrast: float) -> float:

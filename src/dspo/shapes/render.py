@@ -94,18 +94,21 @@ def coverage(shape: str, x: Array | float, y: Array | float, radius: Array | flo
     return np.asarray(np.clip(0.5 - signed_distance(shape, _X - x, _Y - y, radius), 0.0, 1.0))
 
 
-def shading(pattern: str, x: float, y: float) -> Array:
-    """0 where the pattern shows the object's colour, 1 where its darker shade; fixed to the object's centre."""
+def shading(pattern: str, dx: Array, dy: Array) -> Array:
+    """0 where the pattern shows the object's colour, 1 where its darker shade; ``dx``, ``dy``: from its centre.
+
+    Arguments broadcast; the result has their shape.
+    """
     match pattern:
         case "solid":
-            return np.zeros((SIDE, SIDE))
+            return np.zeros(np.broadcast_shapes(dx.shape, dy.shape))
         case "striped":
-            phase = np.mod(_Y - y + STRIPE_PERIOD / 4, STRIPE_PERIOD)
+            phase = np.mod(dy + STRIPE_PERIOD / 4, STRIPE_PERIOD) + 0 * dx
             return np.asarray(np.clip(0.5 + STRIPE_PERIOD / 4 - np.abs(phase - STRIPE_PERIOD / 2), 0.0, 1.0))
         case "dotted":
-            dx = np.mod(_X - x + DOT_PERIOD / 2, DOT_PERIOD) - DOT_PERIOD / 2
-            dy = np.mod(_Y - y + DOT_PERIOD / 2, DOT_PERIOD) - DOT_PERIOD / 2
-            return np.asarray(np.clip(0.5 + 2.0 - np.hypot(dx, dy), 0.0, 1.0))
+            x = np.mod(dx + DOT_PERIOD / 2, DOT_PERIOD) - DOT_PERIOD / 2
+            y = np.mod(dy + DOT_PERIOD / 2, DOT_PERIOD) - DOT_PERIOD / 2
+            return np.asarray(np.clip(0.5 + 2.0 - np.hypot(x, y), 0.0, 1.0))
     raise ValueError(pattern)
 
 
@@ -113,7 +116,7 @@ def render_float(scene: Scene) -> Array:
     """Pixels in [0, 1], [SIDE, SIDE, 3], later objects above earlier ones."""
     image = np.broadcast_to(PALETTE[scene.background], (SIDE, SIDE, 3)).copy()
     for o in scene.objects:
-        colour = PALETTE[o.colour] * (1 - (1 - SHADE) * shading(o.pattern, o.x, o.y)[..., None])
+        colour = PALETTE[o.colour] * (1 - (1 - SHADE) * shading(o.pattern, _X - o.x, _Y - o.y)[..., None])
         alpha = coverage(o.shape, o.x, o.y, o.radius)[..., None]
         image = image * (1 - alpha) + colour * alpha
     return image
