@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dspo.data.records import HEADS
 from dspo.params import SamplerParams, ScoreParams
-from dspo.preference.pairs import Candidate, Pair, calibrated_rewards, held_out_prompts, select_pairs
+from dspo.preference.pairs import Candidate, Pair, calibrated_rewards, held_out_prompts, select_pairs, weighted_reward
 
 SAMPLERS = [
     SamplerParams(scheduler="ddim", steps=12, guidance_scale=3.0),
@@ -22,6 +22,7 @@ SAMPLERS = [
 def score_params(**changes: object) -> ScoreParams:
     fields: dict[str, object] = {
         "select": "overall",
+        "weights": {"overall": 1.0},
         "match": ["guidance_scale", "steps", "scheduler"],
         "margin": 0.0,
         "max_pairs_per_prompt": 2,
@@ -32,7 +33,7 @@ def score_params(**changes: object) -> ScoreParams:
 
 
 def one_prompt(*overall: float) -> list[Candidate]:
-    return [Candidate("p", index, SAMPLERS[0], {"overall": score}) for index, score in enumerate(overall)]
+    return [Candidate("p", index, SAMPLERS[0], {"overall": score}, score) for index, score in enumerate(overall)]
 
 
 def indices(pairs: list[Pair]) -> list[tuple[int, int]]:
@@ -47,6 +48,7 @@ candidate = st.builds(
     sample_index=st.integers(0, 9),
     sampler=st.sampled_from(SAMPLERS),
     scores=st.fixed_dictionaries(dict.fromkeys(HEADS, scores)),
+    reward=scores,
 )
 tables = st.lists(candidate, max_size=20, unique_by=lambda c: (c.prompt_id, c.sample_index))
 params = st.builds(
@@ -116,7 +118,7 @@ def test_margin_is_the_least_gap() -> None:
 
 
 def test_pairs_across_settings_only_where_match_allows() -> None:
-    table = [Candidate("p", i, sampler, {"overall": float(i)}) for i, sampler in enumerate(SAMPLERS)]
+    table = [Candidate("p", i, sampler, {"overall": float(i)}, float(i)) for i, sampler in enumerate(SAMPLERS)]
     assert select_pairs(table, score_params(), HEADS) == []
     assert indices(select_pairs(table, score_params(match=["scheduler"]), HEADS)) == [(1, 0)]
     assert indices(select_pairs(table, score_params(match=[], max_pairs_per_prompt=1), HEADS)) == [(2, 0)]
@@ -124,11 +126,16 @@ def test_pairs_across_settings_only_where_match_allows() -> None:
 
 def test_pareto_ignores_heads_without_labels() -> None:
     table = [
-        Candidate("p", 0, SAMPLERS[0], {"overall": 1.0, "detail": 0.0}),
-        Candidate("p", 1, SAMPLERS[0], {"overall": 0.0, "detail": 1.0}),
+        Candidate("p", 0, SAMPLERS[0], {"overall": 1.0, "detail": 0.0}, 1.0),
+        Candidate("p", 1, SAMPLERS[0], {"overall": 0.0, "detail": 1.0}, 0.0),
     ]
     assert select_pairs(table, score_params(select="pareto"), ["overall", "detail"]) == []
     assert indices(select_pairs(table, score_params(select="pareto"), ["overall"])) == [(0, 1)]
+
+
+def test_the_reward_is_the_weighted_mean_of_the_named_heads() -> None:
+    scores = {"overall": 1.0, "alignment": 4.0, "detail": 100.0}
+    assert weighted_reward(scores, {"overall": 1.0, "alignment": 2.0}) == pytest.approx(3.0)
 
 
 def test_calibrated_rewards_follow_the_formula() -> None:

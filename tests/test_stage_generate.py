@@ -258,6 +258,16 @@ def test_pareto_passes_over_the_untrained_head_alone(folder: Path) -> None:
     assert not Path("pairs").exists()
 
 
+def test_pairs_are_of_the_weighted_heads(folder: Path) -> None:
+    edit_params(weights={"aesthetics": 2.0})  # the opposite of `overall` here
+    for row in read_table(make_pairs() / "train.parquet").to_pylist():
+        assert row["score_0_aesthetics"] > row["score_1_aesthetics"] and row["score_0_overall"] < row["score_1_overall"]
+    edit_params(weights={"overall": 1.0, "fidelity": 1.0})
+    with pytest.raises(UserError, match=r"score.weights: the reward model has no trained head fidelity. Choose from"):
+        make_pairs("other")
+    assert not Path("other").exists()
+
+
 def test_margin_that_nothing_reaches_is_an_error(folder: Path) -> None:
     edit_params(margin=9.0)
     with pytest.raises(UserError, match=r"Lower score\.margin \(now 9\.0\)"):

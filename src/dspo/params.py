@@ -128,8 +128,9 @@ class ScoreParams(Section):
     """How scored candidates become pairs."""
 
     select: Literal["overall", "pareto"]  # pareto: the winner is no worse on every head
+    weights: Annotated[dict[Head, Positive], Field(min_length=1)]  # the reward of an image: weighted mean of its scores
     match: list[SamplerKey]  # sampler keys that winner and loser share
-    margin: NonNegative  # least difference of the overall reward
+    margin: NonNegative  # least difference of the reward
     max_pairs_per_prompt: Count
     validation_share: Share  # of the prompts, held out from training
     batch_size: Count

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspo.data.keys import keyed_uniform
-from dspo.params import SamplerKey, SamplerParams, ScoreParams
+from dspo.params import Head, SamplerKey, SamplerParams, ScoreParams
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,8 @@ class Candidate:
     prompt_id: str
     sample_index: int
     sampler: SamplerParams
-    scores: Mapping[str, float]  # by head; "overall" is always there
-
-    @property
-    def overall(self) -> float:
-        return self.scores["overall"]
+    scores: Mapping[str, float]  # by head
+    reward: float  # what pairs are formed by: see weighted_reward
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,19 @@ class Pair:
 
     @property
     def gap(self) -> float:
-        """Difference of the overall scores, above 0."""
-        return self.winner.overall - self.loser.overall
+        """Difference of the rewards, above 0."""
+        return self.winner.reward - self.loser.reward
+
+
+def weighted_reward(scores: Mapping[str, float], weights: Mapping[Head, float]) -> float:
+    """Weighted mean of an image's scores; ``weights`` by head."""
+    return sum(weight * scores[head] for head, weight in weights.items()) / sum(weights.values())
 
 
 def select_pairs(candidates: Iterable[Candidate], params: ScoreParams, trained_heads: Sequence[str]) -> list[Pair]:
     """Choose at most ``max_pairs_per_prompt`` pairs of every prompt, sorted by prompt, largest gap first.
 
-    Winner and loser are equal in the ``match`` keys, and the winner's overall score is higher by at least ``margin``.
+    Winner and loser are equal in the ``match`` keys, and the winner's reward is higher by at least ``margin``.
     With ``select="pareto"`` the winner is besides no worse on any of ``trained_heads`` (the scores of a head that had
     no labels mean nothing). Pairs that share no image are taken before pairs that do, so that the first are best
     against worst, and one lucky image does not make up a prompt's whole share.
@@ -89,7 +91,7 @@ def _possible_pairs(
     groups: dict[tuple[object, ...], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         groups[tuple(getattr(candidate.sampler, key) for key in match)].append(candidate)
-    pairs = [Pair(w, loser) for group in groups.values() for w in group for loser in group if w.overall > loser.overall]
+    pairs = [Pair(w, loser) for group in groups.values() for w in group for loser in group if w.reward > loser.reward]
     return [
         pair
         for pair in pairs

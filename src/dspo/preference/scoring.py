@@ -5,7 +5,7 @@ Several processes share the shards of candidates out; the first one makes the pa
 
 import csv
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +23,8 @@ from dspo.data.images import Pixels, decode_image, read_table, write_table
 from dspo.data.records import CANDIDATES, HEADS, PAIRS
 from dspo.diffusion.base import encode_null, encode_prompts, load_text_encoders
 from dspo.errors import UserError
-from dspo.params import BaseModelParams, SamplerParams, ScoreParams
-from dspo.preference.pairs import Candidate, Pair, calibrated_rewards, held_out_prompts, select_pairs
+from dspo.params import BaseModelParams, Head, SamplerParams, ScoreParams
+from dspo.preference.pairs import Candidate, Pair, calibrated_rewards, held_out_prompts, select_pairs, weighted_reward
 from dspo.progress import progress
 
 Row = dict[str, Any]
@@ -68,12 +68,17 @@ def write_pairs(
     shards = sorted(candidates.glob("*.parquet"))
     if not shards:
         raise UserError(f"{candidates}: no candidates here. Make them: `dvc repro generate_pairs`")
+    trained = [head for head in scorer.heads if head not in scorer.untrained]
+    if missing := [head for head in params.weights if head not in trained]:
+        raise UserError(
+            f"score.weights: the reward model has no trained head {missing[0]}. Choose from: {', '.join(trained)}"
+        )
     unfinished = output / "scores"
     score_shards(shards, scorer, params.batch_size, unfinished)
     if not distributed.first():
         return
-    scored = read_scores(shards, unfinished, scorer.heads)
-    pairs = select_pairs(scored, params, [head for head in scorer.heads if head not in scorer.untrained])
+    scored = read_scores(shards, unfinished, scorer.heads, params.weights)
+    pairs = select_pairs(scored, params, trained)
     if not pairs:
         raise UserError(
             f"{candidates}: no two candidates of a prompt differ enough for a pair. "
@@ -127,14 +132,17 @@ def read_images(shard: Path) -> tuple[pa.Table, list[Pixels]]:
     return table, images
 
 
-def read_scores(shards: Sequence[Path], folder: Path, heads: Sequence[str]) -> list[Candidate]:
+def read_scores(
+    shards: Sequence[Path], folder: Path, heads: Sequence[str], weights: Mapping[Head, float]
+) -> list[Candidate]:
     """All candidates with what :func:`score_shards` wrote of them, sorted by prompt and sample index."""
     candidates = []
     for shard in shards:
         for row in read_table(folder / shard.name).to_pylist():
             sampler = SamplerParams(**{key: row[key] for key in ("scheduler", "steps", "guidance_scale")})
             scores = {head: row[head] for head in heads}
-            candidates.append(Candidate(row["prompt_id"], row["sample_index"], sampler, scores))
+            reward = weighted_reward(scores, weights)
+            candidates.append(Candidate(row["prompt_id"], row["sample_index"], sampler, scores, reward))
     return sorted(candidates, key=_key)
 
 
@@ -145,7 +153,7 @@ def prompt_rewards(candidates: Sequence[Candidate], temperature: float) -> dict[
         by_prompt.setdefault(candidate.prompt_id, []).append(candidate)
     rewards: dict[Key, float] = {}
     for members in by_prompt.values():
-        calibrated = calibrated_rewards([member.overall for member in members], temperature)
+        calibrated = calibrated_rewards([member.reward for member in members], temperature)
         rewards.update(zip(map(_key, members), calibrated.tolist(), strict=True))
     return rewards
 

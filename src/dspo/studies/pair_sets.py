@@ -49,16 +49,17 @@ class NoScorer:
 
 
 def oracle_pairs(candidates: Path, params: Params, processes: int, folder: Path) -> tuple[Pairs, Pairs]:
-    """Pairs as the reward model's, but by gold score. Kept in ``folder``."""
+    """Pairs as the reward model's, but by gold's overall score. Kept in ``folder``."""
     scorer = GoldScorer(params.active.ratings.temperature, processes)
-    return _pairs(candidates, scorer, params, params.active.score, folder)
+    score = params.active.score.model_copy(update={"weights": {"overall": 1.0}})
+    return _pairs(candidates, scorer, params, score, folder)
 
 
 def unselected_pairs(candidates: Path, params: Params, folder: Path) -> tuple[Pairs, Pairs]:
     """Every candidate is a "winner" once: what SFT learns without any selection. Kept in ``folder``."""
     per_prompt = params.active.generate.candidates_per_sampler * len(params.active.generate.samplers) // 2
     score = params.active.score.model_copy(
-        update={"select": "overall", "margin": 0.0, "max_pairs_per_prompt": per_prompt}
+        update={"select": "overall", "weights": {"overall": 1.0}, "margin": 0.0, "max_pairs_per_prompt": per_prompt}
     )
     pairs, held_out = _pairs(candidates, NoScorer(params.seed), params, score, folder)
     return both_ways(pairs), held_out
