@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 def figures(scores: Sequence[GoldScore], prompt_ids: list[str], params: Params) -> dict[str, Any]:
     """Mean gold score and fully right share of images, each with its interval; one prompt id per image."""
     row: dict[str, Any] = {"n_images": len(scores)}
-    columns = {"gold": [s.overall for s in scores], "fully_right": [s.fully_right for s in scores]}
+    columns = {"gold": [s.overall for s in scores], "fully_right": [float(s.fully_right) for s in scores]}
     for name, column in columns.items():
         key = keyed_seed(params.seed, "base sampler", name)
         estimate = mean(column, prompt_ids, params.active.evaluate.bootstrap_resamples, key)
