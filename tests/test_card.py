@@ -88,6 +88,7 @@ def test_the_card_says_what_the_run_did() -> None:
     assert "| reward model, macro-F1 | 0.850 (0.840 to 0.860) on 2500 held-out pairs |" in card
     assert "800 images of 400 held-out prompts" in card
     assert "No rating labelled detail" in card
+    assert "By the training reward, base images win after a trivial change: sharpening 0.90 (0.80 to 0.95)." in card
     assert "Short of its bound" not in card and "control" not in card
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -134,7 +133,7 @@ def test_the_graph_goes_from_the_prompts_to_the_report(finished: Path) -> None:
 
 def test_only_stages_that_read_a_parameter_run_again(root: Path) -> None:
     params = (root / "params.yaml").read_text(encoding="utf-8")
-    changed = re.sub(r"tie_band: [0-9.]+", "tie_band: 0.3", params, count=1)
+    changed = params.replace("bootstrap_resamples: 2000", "bootstrap_resamples: 100", 1)
     (root / "params.yaml").write_text(changed, encoding="utf-8")
     assert sorted(json.loads(run(root, "dvc", "status", "--json"))) == ["evaluate", "report"]
 

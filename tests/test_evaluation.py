@@ -138,6 +138,19 @@ def test_the_null_compares_seeds_of_the_same_prompts() -> None:
     assert rate["win_rate"] == 1 and rate["n_images"] == 2
 
 
+def test_agreement_is_of_pairs_that_gold_tells_apart() -> None:
+    """Second less first image of three prompts, by gold +0.5, -0.5 and nothing: the last says nothing."""
+    gold, second = [0.0, 0.5, 0.5, 0.0, 0.3, 0.31], [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    base = judged({"reward_overall": gold, "gold_overall": gold, "gold_detail": gold, "second": second})
+    agreement = compare.agreement_with_gold(base, HOW)
+    assert agreement is not None and set(agreement) == {"reward_overall", "second"}
+    assert {name: (row["value"], row["n"]) for name, row in agreement.items()} == {
+        "reward_overall": (1.0, 2),
+        "second": (0.5, 2),
+    }
+    assert compare.agreement_with_gold(judged({"reward_overall": gold}), HOW) is None
+
+
 def test_best_of_n_is_chosen_by_the_training_reward() -> None:
     base = judged({"reward_overall": [0, 3, 1, 2, 9, 8, 7, 6], "gold_overall": [0, 0.5, 1, 0, 1, 0, 0, 0]}, seeds=4)
     figures = compare.best_of_n(base, base, 4, HOW)

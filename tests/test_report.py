@@ -67,7 +67,11 @@ def results(gold: Json, over_optimised: bool = False) -> Json:
         "best_of_n": {"n": 4, "best_against_base": rates, "tuned_against_best": rates},
         "base_against_base": rates,
         "best_sampler_against_default": rates,
-        "hacks": {"blur": rates},
+        "hacks": {
+            "blur": dict.fromkeys(rates, rate(0.2, 0.1, 0.3)),
+            "sharpening": {**dict.fromkeys(rates, rate(0.4, 0.3, 0.52)), "reward_overall": rate(0.9, 0.8, 0.95)},
+        },
+        "agreement_with_gold": {"reward_overall": estimate(0.8), "second": estimate(0.77)},
         "combinations": {"seen": rates, "unseen": rates},
         "verdict": {
             "improved": {name: (row["low"] or 0) > 0.5 for name, row in rates.items()},
@@ -132,6 +136,7 @@ FILES: Json = {
                 "training_seconds": None,
             },
         },
+        "at_the_drift_of_sft": {"dspo": {"drift": 2e-3, "gold_less_sft": estimate(0.01)}},
         "head_to_head": [CONTEST, CONTEST | {"second": "dspo, beta = 0", "separable": False}],
     },
     "loss_seeds": {
@@ -235,24 +240,34 @@ def reports(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report(project, tmp_path_factory.mktemp("reports"))
 
 
+def shown(row: Json) -> Json:
+    """A win rate as the summary holds it."""
+    names = ("win_rate", "n_prompts", "n_images", "n_decided", "tie_share", "win_rate_ties_half")
+    return {name: row[name] for name in names} | {"ci95": [row["low"], row["high"]]}
+
+
 def test_the_summary_holds_the_figures_of_its_inputs(reports: Path) -> None:
     summary = json.loads((reports / "summary.json").read_text())
-    names = ("win_rate", "n_prompts", "n_images", "n_decided", "tie_share", "win_rate_ties_half")
+    rates = GOOD["tuned_against_base"]["win_rates"]
     for judge in ("gold", "reward"):
-        row = GOOD["tuned_against_base"]["win_rates"][f"{judge}_overall"]
-        expected = {name: row[name] for name in names} | {"ci95": [row["low"], row["high"]]}
-        assert summary["evaluation"].pop(judge) == expected
+        assert summary["evaluation"].pop(judge) == shown(rates[f"{judge}_overall"])
     right = GOOD["tuned_against_base"]["fully_right"]["difference"]
     assert summary == {
         "evaluation": {
             "fully_right": {"base": 0.5, "tuned": 0.625, "ci95": [right["low"], right["high"]]},
             "diversity_ratio": 0.95,
+            "hacks": {
+                "blur": {"gold": shown(rate(0.2, 0.1, 0.3)), "reward": shown(rate(0.2, 0.1, 0.3))},
+                "sharpening": {"gold": shown(rate(0.4, 0.3, 0.52)), "reward": shown(rate(0.9, 0.8, 0.95))},
+            },
         },
         "reward_model": {
             "macro_f1": 0.85,
             "ci95": [0.84, 0.86],
             "ceiling": 0.9,
             "constant_f1": 0.67,
+            "n_pairs": 2500,
+            "n_prompts": 520,
             "plain_head_macro_f1": 0.8,
         },
         "train": {"loss": 0.1, "steps": 200, "pairs": 300},
@@ -284,11 +299,18 @@ GOOD_SUMMARY = summarise(GOOD, REWARD, TRAINING, None)
         ("evaluation.gold.ci95", [0.60, 0.8], "gold win rate, lower end"),
         ("evaluation.fully_right.tuned", 0.549, "fully right, tuned - base"),
         ("evaluation.fully_right.ci95", [0.0, 0.2], "fully right, lower end"),
+        ("evaluation.fully_right.base", 0.76, "fully right, base at its best sampler"),
+        ("evaluation.hacks.blur.gold.win_rate", 0.51, "gold win rate of a hack, the highest"),
+        ("evaluation.hacks.blur.gold.win_rate", None, "gold win rate of a hack, the highest"),
+        ("evaluation.hacks.sharpening.gold.ci95", [0.4, 0.55], "gold win rate of a hack, highest upper end"),
+        ("evaluation.hacks", {}, "gold win rate of a hack, the highest"),
         ("evaluation.diversity_ratio", 0.89, "diversity"),
         ("evaluation.diversity_ratio", None, "diversity"),
         ("reward_model.macro_f1", 0.833, "reward model, macro-F1"),
         ("reward_model.ceiling", 0.92, "ceiling of the ratings"),
         ("reward_model.ceiling", None, "share of the ceiling"),
+        ("reward_model.n_pairs", 1999, "reward model, decided test pairs"),
+        ("reward_model.n_prompts", 499, "reward model, test prompts"),
     ],
 )
 def test_each_gate_fails_by_its_name(
@@ -312,7 +334,7 @@ def test_gates_hold_for_good_figures_and_bad_files_are_named(
 ) -> None:
     write_json(GOOD_SUMMARY, tmp_path / "summary.json")
     assert gates_main([str(tmp_path / "summary.json")]) == 0
-    assert capsys.readouterr().out.count("holds") == 9
+    assert capsys.readouterr().out.count("holds") == 14
     write_json({"other": 1}, tmp_path / "other.json")
     for wrong in ("none.json", "other.json"):
         assert gates_main([str(tmp_path / wrong)]) == 2
@@ -369,6 +391,11 @@ def test_a_missing_input_is_named_and_nothing_is_written(project: Path, tmp_path
     with pytest.raises(UserError, match=r"results\.json"):
         report(broken, tmp_path / "reports")
     assert not (tmp_path / "reports" / "index.html").exists()
+
+
+def test_the_page_names_the_judge_that_a_hack_fools_and_no_other(reports: Path) -> None:
+    page = (reports / "index.html").read_text()
+    assert re.findall(r"By the ([\w ]+), base images win after a trivial change", page) == ["training reward"]
 
 
 def test_prompts_are_text_and_nothing_comes_from_the_network(reports: Path) -> None:

@@ -13,10 +13,14 @@ from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline
 from dspo.data.prompts import Prompt
 from dspo.params import Params, load_params
 from dspo.preference.dataset import Pairs
+from dspo.reporting.studies import study_tables
+from dspo.reporting.tables import markdown
+from dspo.shapes.gold import GoldScore
+from dspo.studies import base_sampler
 from dspo.studies import trials as trials_module
 from dspo.studies.arms import ARMS, best, grid
 from dspo.studies.common import fresh_prompts
-from dspo.studies.losses_table import fared, flat, markdown, matched_drift, table
+from dspo.studies.losses_table import fared, flat, matched_drift, table
 from dspo.studies.overopt import some_rows
 from dspo.studies.pair_sets import NoScorer, both_ways
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials, first_pairs
@@ -125,12 +129,15 @@ def test_the_table_compares_and_corrects(params: Params) -> None:
         "dspo": [result(0.60), result(0.62)],
         "dspo, beta = 0": [result(0.60), result(0.62)],
         "ipo": [result(0.5), None],
+        "dspo, two-sided": [result(0.70), result(0.72)],
+        "capo": [result(0.50), result(0.52)],
     }
     figures = table(finals, result(0.4), 4, params)
     contests = {(row["first"], row["second"]): row for row in figures["head_to_head"]}
     assert set(contests) == {
         ("dpo", "sft"), ("dspo", "sft"), ("dspo, beta = 0", "sft"), ("dspo", "dpo"), ("dspo, beta = 0", "dpo"),
-        ("dspo", "dspo, beta = 0"),
+        ("dspo", "dspo, beta = 0"), ("dspo, two-sided", "sft"), ("dspo, two-sided", "dpo"), ("capo", "sft"),
+        ("capo", "dpo"), ("dspo, two-sided", "dspo"), ("dspo, two-sided", "capo"),
     }  # fmt: skip
     assert contests["dspo", "sft"]["win_rate"] == 1 and contests["dpo", "sft"]["win_rate"] == 0
     assert contests["dspo", "dspo, beta = 0"]["win_rate"] is None  # all ties
@@ -140,9 +147,26 @@ def test_the_table_compares_and_corrects(params: Params) -> None:
         ("against_base", "gold", "proxy", "fully_right", "drift", "training_seconds")
     ) | {"ran_away": 1}
     assert flat(figures["arms"]["dpo"])["win_rate_over_base"] == 0
-    settings = {"trials": 8, "seeds": 2, "epochs": 8, "prompts": 4, "images_per_prompt": 2}
-    text = markdown(figures | {"settings": settings})
-    assert "| dspo | 1.00 [1.00, 1.00] | 1.00" in text and "| ipo |" in text and "ran away |" in text
+    tuning = {name: [(params.active.train, result) for result in results] for name, results in finals.items()}
+    figures["at_the_drift_of_sft"] = matched_drift(tuning, [str(i) for i in range(8)], params)
+    settings = {"trials": 1, "seeds": 2, "epochs": 8, "prompts": 4, "images_per_prompt": 2}
+    (shown,) = study_tables({"losses": figures | {"settings": settings}})
+    text = markdown(shown)
+    assert "| dspo | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text and "| ran away |" in text
+    assert "1 trial on validation prompts and 2 seeds" in text and "over seeds and prompts" in text
+    assert "dspo, two-sided over capo: 1.00" in text
+    matched = {row[0]: row[shown.columns.index("at sft's drift")] for row in shown.rows}
+    assert matched["dpo"].startswith("-0.2") and matched["dpo"].endswith(" at 1.0e-01")
+    (shown,) = study_tables({"losses": figures | {"settings": settings | {"seeds": 1}}})
+    assert "1 seed for each row" in shown.note and "over prompts, of one seed alone" in shown.note
+
+
+def test_the_base_is_judged_at_every_setting_with_intervals(params: Params) -> None:
+    judged = ((0.2, False), (0.4, True), (0.6, True), (0.8, True))
+    scores = [GoldScore(overall, 0, 0, 0, 0, right, 0, 0, {}, ()) for overall, right in judged]
+    row = base_sampler.figures(scores, ["a", "a", "b", "b"], params)
+    assert row["gold"] == pytest.approx(0.5) and row["fully_right"] == 0.75 and row["n_images"] == 4
+    assert row["gold_ci95"] == pytest.approx([0.3, 0.7]) and row["fully_right_ci95"] == [0.5, 1.0]
 
 
 def test_matched_drift_takes_the_nearest_trial(params: Params) -> None:

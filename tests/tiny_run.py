@@ -22,9 +22,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "prompts": {"validation_share": 0.2, "test_share": 0.3},
     "ratings": {"validation_share": 0.2, "test_share": 0.3},
     "reward": {"epochs": 1, "warmup_steps": 0},
-    "generate": {"samplers": [SAMPLER], "candidates_per_sampler": 2},
+    "generate": {"samplers": [SAMPLER], "candidates_per_sampler": 2, "shard_size": 8},
     "score": {"validation_share": 0.3},
-    "train": {"rank": 2, "alpha": 2, "epochs": 1, "batch_size": 4, "warmup_steps": 0, "validation_prompts": 2},
+    "train": {
+        "rank": 2, "alpha": 2, "epochs": 1, "batch_size": 4, "warmup_steps": 0, "validation_prompts": 2,
+        "checkpoint_every_steps": 1,
+    },
     "evaluate": {
         "sampler": SAMPLER, "default_sampler": SAMPLER, "num_prompts": 4, "seeds_per_prompt": 1,
         "diversity_prompts": 2, "diversity_seeds": 2, "judges": ["gold"], "bootstrap_resamples": 20,
@@ -51,8 +54,9 @@ def shell(
         **(env or {}),
     }
     done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        start_new_session=True,  # what it starts can be killed as one
+    )  # fmt: skip
     assert (done.returncode != 0) == fails, done.stdout
     return done
 

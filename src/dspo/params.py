@@ -4,6 +4,7 @@
 combination raises :class:`UserError` that names the key. Types are strict: ``"1"`` is not ``1``.
 """
 
+from math import isclose
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -23,6 +24,8 @@ SamplerKey = Literal["guidance_scale", "steps", "scheduler"]
 RatingLayout = Literal[
     "shapes", "pickapic", "hpdv2", "hpdv3", "imagerewarddb", "richhf18k", "csv", "folder", "mixed"
 ]  # beside shapes: as published, see docs/data.md
+
+TIE_BAND = 0.4  # of the simulated raters' temperature: differences of gold that they can hardly see
 
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, Field(ge=1)]
@@ -132,7 +135,7 @@ class ScoreParams(Section):
     match: list[SamplerKey]  # sampler keys that winner and loser share
     margin: NonNegative  # least difference of the reward
     max_pairs_per_prompt: Count
-    validation_share: Share  # of the prompts, held out from training
+    validation_share: Annotated[float, Field(gt=0, lt=1)]  # of the prompts, held out: the kept epoch is chosen there
     batch_size: Count
 
 
@@ -209,7 +212,7 @@ class EvaluateParams(Section):
     diversity_seeds: Annotated[int, Field(ge=2)]
     # beside the training reward: the judges of `shapes` by name, published ones with the places of their weights
     judges: list[Literal["gold", "second"] | Annotated[ForeignJudgeParams, Field(discriminator="name")]]
-    tie_band: NonNegative  # tau: |difference of the gold score| up to it is a tie; other judges tie on equal scores
+    tie_band: NonNegative  # tau: |difference of gold| up to it is a tie, 0.4 of the simulated raters' temperature
     bootstrap_resamples: Count
     batch_size: Count
 
@@ -237,6 +240,14 @@ class World(Section):
     score: ScoreParams
     train: TrainParams
     evaluate: EvaluateParams
+
+    @model_validator(mode="after")
+    def _tie_band_of_the_raters(self) -> "World":
+        """The band is fixed before training: nobody widens it until a comparison is decided as they like."""
+        tau = TIE_BAND * self.ratings.temperature
+        if self.ratings.layout == "shapes" and not isclose(self.evaluate.tie_band, tau):
+            raise ValueError(f"evaluate.tie_band must be {TIE_BAND:g} * ratings.temperature, which is {tau:g}")
+        return self
 
 
 class Params(Section):

@@ -127,10 +127,33 @@ def _attributes(images: Images) -> dict[str, Array]:
 
 def base_against_base(base: Images, how: Comparison) -> Figures:
     """The null: the base model's second seed against its first, by every judge. Nothing should win."""
+    return how.win_rate_figures(*_second_and_first_seed(base))
+
+
+def agreement_with_gold(base: Images, how: Comparison) -> Figures | None:
+    """How often each other judge orders a prompt's first two base images as gold does, where gold tells them apart."""
+    if GOLD not in base.scores:
+        return None
+    second, first = _second_and_first_seed(base)
+    delta = {column: second.scores[column] - first.scores[column] for column in judge_columns(base)}
+    decided = np.abs(delta[GOLD]) > how.tie_band
+    return {
+        column: asdict(
+            share_given(
+                delta[column] * delta[GOLD] > 0, decided, first.prompt_ids, how.resamples, how.key("agreement", column)
+            )
+        )
+        for column in delta
+        if column not in GOLD_COLUMNS
+    }
+
+
+def _second_and_first_seed(base: Images) -> tuple[Images, Images]:
+    """Of the prompts that have both, row by row."""
     second = base.where(base.sample_index == 1)
     with_second = set(second.prompt_ids)
     has_second = np.array([pid in with_second for pid in base.prompt_ids], dtype=bool)
-    return how.win_rate_figures(second, base.where((base.sample_index == 0) & has_second))
+    return second, base.where((base.sample_index == 0) & has_second)
 
 
 def best_of_n(base: Images, tuned: Images, n: int, how: Comparison) -> Figures:

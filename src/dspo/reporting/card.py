@@ -208,6 +208,7 @@ def _limits(run: Run, shapes: bool) -> list[str]:
         limits.append(f"No rating labelled {', '.join(run.results['untrained_heads'])}: nothing is known of these.")
     if run.results["verdict"]["over_optimised"]:
         limits.append("**Over-optimised**: the training reward went up while the gold judge went down.")
+    limits += tables.gamed(run.results)
     if shapes:
         limits.append(
             "A setting that is best in this small world need not be best for SDXL: sizes of effects do not carry over."

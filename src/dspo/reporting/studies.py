@@ -13,7 +13,7 @@ def study_tables(studies: Json) -> list[Table]:
 
 def _losses(study: Json) -> Table:
     cells = {(row["first"], row["second"]): row for row in study["head_to_head"]}
-    settings = study["settings"]
+    settings, matched = study["settings"], study["at_the_drift_of_sft"]
     rows = [
         [
             name,
@@ -22,18 +22,20 @@ def _losses(study: Json) -> Table:
             rate(cells.get((name, "dpo"))),
             number(arm["fully_right"]),
             _drift(arm),
+            _at_equal_drift(matched.get(name)),
             number(arm["training_seconds"], 0),
         ]
         for name, arm in study["arms"].items()
     ]
-    within = "; ".join(f"{row['first']} over {row['second']}: {rate(row)}" for row in _within(study["head_to_head"]))
     note = (
-        f"{settings['trials']} trials on validation prompts and {settings['seeds']} seeds for each row, "
-        f"{settings['epochs']} epochs each; {settings['prompts']} fresh prompts with {settings['images_per_prompt']} "
-        "images. Win rates by the gold judge over decided images, 95 % intervals over seeds and prompts; * separable "
-        f"after Holm's correction. {within}"
+        f"{_count(settings['trials'], 'trial')} on validation prompts and {_count(settings['seeds'], 'seed')} for each "
+        f"row, {settings['epochs']} epochs each; {settings['prompts']} fresh prompts with "
+        f"{settings['images_per_prompt']} images. Win rates by the gold judge over decided images, "
+        f"{_intervals(settings['seeds'])}; * separable after Holm's correction. At sft's drift: the trial whose drift "
+        "is nearest to that of sft's best, its mean gold score less sft's on the validation prompts, one seed. "
+        f"{_claims(study['head_to_head'])}"
     )
-    columns = ("loss", "over base", "over sft", "over dpo", "fully right", "drift", "seconds")
+    columns = ("loss", "over base", "over sft", "over dpo", "fully right", "drift", "at sft's drift", "seconds")
     return Table("Losses beside each other", columns, rows, note)
 
 
@@ -41,9 +43,26 @@ def _drift(arm: Json) -> str:
     return "ran away" if arm["ran_away"] else f"{arm['drift']:.2e}"
 
 
-def _within(contests: Iterable[Json]) -> list[Json]:
-    """DSPO against its own controls."""
-    return [row for row in contests if row["second"] not in ("sft", "dpo")]
+def _at_equal_drift(row: Json | None) -> str:
+    if row is None:
+        return NONE
+    gold = row["gold_less_sft"]
+    return f"{gold['value']:+.3f} ({interval(gold['low'], gold['high'])}) at {row['drift']:.1e}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _intervals(seeds: int) -> str:
+    """What the intervals hold, in words: of a single training nobody knows how another seed would fare."""
+    return f"95 % intervals over {'seeds and prompts' if seeds > 1 else 'prompts, of one seed alone'}"
+
+
+def _claims(contests: Iterable[Json]) -> str:
+    """DSPO against its own controls and its rivals."""
+    rows = [row for row in contests if row["second"] not in ("sft", "dpo")]
+    return "; ".join(f"{row['first']} over {row['second']}: {rate(row)}" for row in rows)
 
 
 def _loss_seeds(study: Json) -> Table:
@@ -64,11 +83,11 @@ def _loss_seeds(study: Json) -> Table:
         for name, arm in arms.items()
     ]
     note = (
-        f"{settings['seeds']} training seeds for each row, at the settings of pipelines/losses/params.yaml; "
+        f"{_count(settings['seeds'], 'training seed')} for each row, at the settings of pipelines/losses/params.yaml; "
         f"{settings['prompts']} fresh prompts with {settings['images_per_prompt']} images, of which the base has "
         f"{number(study['base']['fully_right'])} fully right. Win rates by the gold judge, in one column by the second "
-        "judge, over decided images; 95 % intervals over seeds and prompts; * separable after Holm's correction. Last: "
-        "the standard deviation of the seeds' win rates over base."
+        f"judge, over decided images, {_intervals(settings['seeds'])}; * separable after Holm's correction. Last: "
+        f"the standard deviation of the seeds' win rates over base. {_claims(study['head_to_head'])}"
     )
     columns = ("loss", "over base", "second judge", "over sft", "over dpo", "fully right", "drift", "sd of seeds")
     return Table("Losses over training seeds", columns, rows, note, figure="loss_seeds")
@@ -125,13 +144,16 @@ def _base(study: list[Json]) -> Table:
         [
             f"{row['scheduler']}, {row['steps']} steps, guidance {row['guidance_scale']:g}",
             number(row["gold"]),
+            interval(*row.get("gold_ci95", (None, None))),
             number(row["fully_right"]),
+            interval(*row.get("fully_right_ci95", (None, None))),
             str(row["n_images"]),
         ]
         for row in study
     ]
     note = "Mean gold score and fully right share of base images of validation prompts, the highest gold score first."
-    return Table("The base's own best sampler setting", ("setting", "gold", "fully right", "images"), rows, note)
+    columns = ("setting", "gold", "95 % interval", "fully right", "95 % interval", "images")
+    return Table("The base's own best sampler setting", columns, rows, note)
 
 
 _TABLES: dict[str, Callable[[Any], Table]] = {

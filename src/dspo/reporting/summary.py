@@ -23,12 +23,18 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
             "reward": win_rate(tuned["win_rates"], "reward_overall"),
             "fully_right": fully_right(tuned),
             "diversity_ratio": diversity_ratio(tuned),
+            "hacks": {
+                name: {"gold": win_rate(rates, "gold_overall"), "reward": win_rate(rates, "reward_overall")}
+                for name, rates in results["hacks"].items()
+            },
         },
         "reward_model": {
             "macro_f1": reward["macro_f1"],
             "ci95": [reward["macro_f1_low"], reward["macro_f1_high"]],
             "ceiling": reward["ceiling_macro_f1"],
             "constant_f1": reward["constant_f1"],
+            "n_pairs": reward["n_pairs"],
+            "n_prompts": reward["n_prompts"],
             "plain_head_macro_f1": plain_head(reward["macro_f1"], ablation),
         },
         "train": {"loss": training["train_loss"], "steps": training["steps"], "pairs": training["pairs"]},

@@ -130,6 +130,26 @@ def comparisons(results: Json) -> Table:
     return Table("Comparisons", columns, lines)
 
 
+def gamed(results: Json) -> list[str]:
+    """A sentence for each judge that prefers base images after a trivial change: the interval lies above one half."""
+    sentences = []
+    for judge, title in JUDGES.items():
+        won = [
+            f"{name} {rate(rates[judge])}"
+            for name, rates in results["hacks"].items()
+            if judge in rates and (rates[judge]["low"] or 0) > 0.5
+        ]
+        if won:
+            sentences.append(f"By the {title}, base images win after a trivial change: {', '.join(won)}.")
+    return sentences
+
+
+def agreement(rows: Json) -> Table:
+    lines = [[words(name), *estimate(row), str(row["n"]), str(row["n_prompts"])] for name, row in rows.items()]
+    columns = ("judge", "same order as gold", "95 % interval", "pairs", "prompts")
+    return Table("Agreement with gold on base images", columns, lines)
+
+
 def diversity(groups: Json, names: Names = BASE_AND_TUNED) -> Table:
     """Spread within a prompt, second side / first, among the images of each group that the world can name."""
     lines = [

@@ -1,6 +1,7 @@
 """Train the second judge on renders, right or wrong in some attributes, clean or spoiled.
 
-``python -m dspo.shapes.train_second --work DIR --output models/shapes-judge`` continues where it stopped.
+``python -m dspo.shapes.train_second --work DIR --output models/shapes-judge`` continues where it stopped. Beside the
+weights it leaves ``report.json``: how many answers are right on pictures that it was not trained on.
 """
 
 import logging
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from dspo.data.files import write_json
 from dspo.data.keys import keyed_rng
 from dspo.progress import progress
 from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
@@ -27,6 +29,7 @@ SLIGHT = 0.1  # every picture is blurred and noised up to this strength: a decod
 WRONG_SHARE = 0.35  # of the attributes: the answers of a picture tell the more the less they are always "yes"
 SPOILED_SHARE = 0.3
 PROBE_WEIGHT = 0.3
+HELD_OUT = "held out"  # stands in for the number of a step: other draws than any step's
 
 
 def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -48,10 +51,19 @@ def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     return picture.astype(np.float32), encode_request(shown), asked(shown), answers, *patch_contents(scene)
 
 
-def batch(seed: int, step: int, size: int) -> list[Tensor]:
+def batch(seed: int, step: int | str, size: int) -> list[Tensor]:
     rng = keyed_rng(seed, "second-batch", step)
     parts = zip(*(draw_example(rng) for _ in range(size)), strict=True)
     return [torch.from_numpy(np.stack(part)) for part in parts]
+
+
+@torch.inference_mode()
+def held_out(judge: SecondJudge, seed: int, pictures: int = 2000) -> dict[str, float | int]:
+    """Share of right answers on fresh pictures, drawn as in training, beside the share of those that are "yes"."""
+    pixels, requests, posed, answers, *_ = batch(seed, HELD_OUT, pictures)
+    yes, said = answers[posed] > 0.5, judge(pixels.permute(0, 3, 1, 2), requests)[posed] > 0
+    right, always_yes = ((given == yes).float().mean().item() for given in (said, torch.ones_like(yes)))
+    return {"pictures": pictures, "answers": len(yes), "right": right, "always_yes": always_yes}
 
 
 def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
@@ -81,6 +93,7 @@ def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed
             )
     output.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in judge.state_dict().items()}, output / WEIGHTS)
+    write_json(held_out(SecondJudge.load(output), seed), output / "report.json")
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ def _figures(params: Params, judged: dict[str, Images], train_prompts: list[Prom
         "settings": settings.model_dump(),
         "tuned_against_base": compare.tuned_against_base(base, tuned, how),
         "base_against_base": compare.base_against_base(base, how),
+        "agreement_with_gold": compare.agreement_with_gold(base, how),
         "best_of_n": compare.best_of_n(base_4, tuned_4, settings.diversity_seeds, how),
         "best_sampler_against_default": how.win_rate_figures(base_1, judged["default"]),
         "hacks": {name: how.win_rate_figures(judged[name], _some_seeds(base, settings)) for name in HACKS},

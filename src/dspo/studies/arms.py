@@ -40,6 +40,7 @@ ARMS = (
     Arm("dspo, two-sided", "dspo_two_sided", "lam", LAMS),
     Arm("dspo, two-sided, 1 fixed draw", "dspo_two_sided", changes={"fixed_draws": 1}, like="dspo, two-sided"),
     Arm("dspo, two-sided, 4 fixed draws", "dspo_two_sided", changes={"fixed_draws": 4}, like="dspo, two-sided"),
+    Arm("dspo, two-sided, random labels", "dspo_two_sided", changes={"random_labels": True}, like="dspo, two-sided"),
     Arm("dspo, official for SD1.5", "dspo_official_sd15", "beta", (0.001, 0.01, 0.05, 0.5)),
     Arm("dspo, official for SDXL", "dspo_official_sdxl", "beta", BETAS),
     Arm("ipo", "ipo", "beta", BETAS),
@@ -51,6 +52,7 @@ ARMS = (
     Arm("oracle: sft on gold pairs", "sft", pairs="oracle"),
     Arm("oracle: dpo on gold pairs", "dpo", "beta", BETAS, pairs="oracle"),
     Arm("oracle: dspo on gold pairs", "dspo", "lam", LAMS, pairs="oracle"),
+    Arm("oracle: dspo, two-sided on gold pairs", "dspo_two_sided", "lam", LAMS, pairs="oracle"),
     Arm("sft, all candidates unselected", "sft", pairs="unselected"),
 )
 

@@ -19,10 +19,12 @@ from dspo.environment import processes
 from dspo.evaluation.tables import write_csv
 from dspo.params import TrainParams, load_params
 from dspo.preference.dataset import load_pairs
+from dspo.reporting.studies import study_tables
+from dspo.reporting.tables import markdown
 from dspo.stages.runner import run
 from dspo.studies.arms import ARMS, GOLD, Outcome, best, tune
 from dspo.studies.common import fresh_prompts, load_judges, study_folder
-from dspo.studies.losses_table import fared, flat, markdown, matched_drift, table, told
+from dspo.studies.losses_table import fared, flat, matched_drift, table, told
 from dspo.studies.pair_sets import oracle_pairs, unselected_pairs
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials
 
@@ -95,8 +97,9 @@ def main(argv: list[str]) -> None:
     write_json(report, args.output / "losses.json")
     rows = [{"arm": name, **flat(row)} for name, row in report["arms"].items()]
     write_csv(rows, list(rows[0]), args.output / "losses.csv")
+    (shown,) = study_tables({"losses": report})
     with whole_file(args.output / "losses.md") as partial:
-        partial.write_text(markdown(report), encoding="utf-8")
+        partial.write_text(markdown(shown) + "\n", encoding="utf-8")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

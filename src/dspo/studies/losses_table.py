@@ -17,17 +17,20 @@ from dspo.studies.trials import Result
 Array = npt.NDArray[np.float64]
 
 # What a claim about DSPO needs beside sft and dpo, and what it costs to keep the reference of fixed draws.
-WITHIN_DSPO = (
+TWO_SIDED = ("dspo, two-sided", "dspo_two_sided")  # its row in the table of losses, and in the matrix of seeds
+CLAIMS = (
     ("dspo", "dspo, beta = 0"),
     ("dspo", "dspo, k permuted"),
     ("dspo", "dspo, random labels"),
+    ("dspo, two-sided", "dspo, two-sided, random labels"),
+    *((name, rival) for name in TWO_SIDED for rival in ("dspo", "ipo", "capo", "mapo")),
     ("dspo, two-sided, 1 fixed draw", "dspo, two-sided"),
     ("dspo, two-sided, 4 fixed draws", "dspo, two-sided"),
 )
 
 
 def table(finals: Mapping[str, list[Result | None]], base: Result, n_prompts: int, params: Params) -> dict[str, Any]:
-    """Each arm against base, sft and dpo, and DSPO against its own controls; p-values corrected over all of the latter.
+    """Each arm against base, sft and dpo, and DSPO against controls and rivals; p-values corrected over all but base.
 
     ``finals``: one result per training seed, the same seeds in every arm. An arm of which a training ran away has no
     figures but how many did.
@@ -41,7 +44,7 @@ def table(finals: Mapping[str, list[Result | None]], base: Result, n_prompts: in
         return head_to_head(gold[first] - other, evaluate.tie_band, evaluate.bootstrap_resamples, key)
 
     planned = [(arm, other) for other in ("sft", "dpo") for arm in finals if arm not in ("sft", other)]
-    planned += WITHIN_DSPO
+    planned += CLAIMS
     contests = [(a, b, compare(a, gold[b], b)) for a, b in planned if a in gold and b in gold]
     adjusted = holm([contest.p_value for _, _, contest in contests])
     base_gold = _per_prompt(base, n_prompts)[None]
@@ -98,34 +101,6 @@ def matched_drift(tuning: Mapping[str, list[Outcome]], prompt_ids: list[str], pa
         estimate = mean(delta, prompt_ids, params.active.evaluate.bootstrap_resamples, key)
         rows[arm] = told(train) | {"drift": nearest.drift, "gold_less_sft": asdict(estimate)}
     return rows
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """The table that the README and the report quote."""
-    cells = {(row["first"], row["second"]): row for row in report["head_to_head"]}
-    settings = report["settings"]
-    lines = [
-        f"{settings['trials']} trials and {settings['seeds']} seeds of {settings['epochs']} epochs per row, "
-        f"{settings['prompts']} fresh prompts x "
-        f"{settings['images_per_prompt']} images; win rates by the gold judge over decided images, 95 % intervals over "
-        "seeds and prompts; * separable after Holm's correction.",
-        "",
-        "| arm | over base | over sft | over dpo | fully right | drift |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in report["arms"].items():
-        rates = [row["against_base"], cells.get((name, "sft")), cells.get((name, "dpo"))]
-        right = "" if row["fully_right"] is None else f"{row['fully_right']:.3f}"
-        drift = "ran away" if row["drift"] is None else f"{row['drift']:.2e}"
-        lines.append(" | ".join([f"| {name}", *map(_cell, rates), right, f"{drift} |"]))
-    return "\n".join(lines) + "\n"
-
-
-def _cell(rate: Mapping[str, Any] | None) -> str:
-    if rate is None or rate["win_rate"] is None:
-        return ""
-    star = "*" if rate.get("separable") else ""
-    return f"{rate['win_rate']:.2f}{star} [{rate['low']:.2f}, {rate['high']:.2f}]"
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
