@@ -27,11 +27,9 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $(STAMP)
 
-# botocore, which DVC needs for S3, asks for python-dateutil below 3 and works with the runtime's; hence --no-deps above.
 lock: ## resolve requirements.lock and requirements.runtime.lock anew
 	uv pip compile --quiet --generate-hashes --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements.runtime.lock
-	uv pip compile --quiet --generate-hashes --no-emit-index-url --python-version 3.11 --extra dev -c requirements.runtime.lock \
-	  --override <(grep -o '^python-dateutil==[^ ]*' requirements.runtime.lock) --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+	uv pip compile --quiet --generate-hashes --no-emit-index-url --python-version 3.11 --extra dev -c requirements.runtime.lock pyproject.toml -o requirements.lock
 
 # MLflow follows the files: whatever happens to it, the run stands. What could not be sent waits for `make sync`.
 repro: setup ## the whole pipeline; prints the figures and where the report is

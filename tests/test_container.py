@@ -253,6 +253,18 @@ def test_the_one_off_runs_as_the_caller_on_a_read_only_root() -> None:
     assert pipeline["read_only"]
     assert pipeline["tmpfs"] == ["/tmp"]
     assert [volume.split(":")[1] for volume in pipeline["volumes"]] == ["/workspace", "/cache"]
+
+
+def test_docker_run_compose_and_the_dev_container_share_one_cache() -> None:
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    mounted = next(volume for volume in SERVICES["pipeline"]["volumes"] if volume.endswith(":/cache"))
+    name = compose["volumes"][mounted.split(":")[0]]["name"]
+    for page in ("README.md", "docs/container.md", "container/entrypoint.sh"):
+        assert set(re.findall(r"-v (\S+):(?:/cache|\$HOME)", (ROOT / page).read_text(encoding="utf-8"))) == {name}
+    assert f"source={name},target=/cache," in (ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8")
+
+
+def test_the_cache_holds_all_that_is_written_outside_the_workspace() -> None:
     written = re.findall(r"\b(?:HOME|\w+_HOME|\w+_DIR)=(\S+)", DOCKERFILE)
     assert len(written) == 6
     assert all(Path(place).is_relative_to("/cache") for place in written)

@@ -17,17 +17,20 @@ from PIL import Image
 
 from dspo.data.files import write_json
 from dspo.data.images import encode_png, write_table
+from dspo.data.records import HEADS
 from dspo.errors import UserError
 from dspo.reporting.gates import gates
 from dspo.reporting.gates import main as gates_main
 from dspo.reporting.page import verdict
-from dspo.reporting.pictures import choose, data_uri, differences
+from dspo.reporting.pictures import SHOWN, choose, data_uri, differences
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
+from dspo.reporting.tables import words
 from dspo.stages.report import INPUTS
 from dspo.stages.report import main as report_main
 
 ROOT = Path(__file__).parents[1]
+TOLD = "[...document.querySelectorAll('#scores:not([hidden]) tr')].map(row => [...row.cells].map(c => c.innerText))"
 ATTACK = "<script>alert(1)</script>"
 Json = dict[str, Any]
 
@@ -46,7 +49,8 @@ def change(base: float, tuned: float) -> Json:
 
 
 def results(gold: Json, over_optimised: bool = False) -> Json:
-    rates = {"reward_overall": rate(0.8, 0.75, 0.85), "gold_overall": gold, "second": rate(0.6, 0.55, 0.65)}
+    rates = {"gold_overall": gold, "second": rate(0.6, 0.55, 0.65), "reward_overall": rate(0.8, 0.75, 0.85)}
+    rates |= {"gold_detail": rate(0.7, 0.65, 0.75), "reward_alignment": rate(0.75, 0.7, 0.8)}
     return {
         "world": "shapes",
         "seed": 0,
@@ -193,7 +197,7 @@ def images(seed: int, size: int = 16) -> pd.DataFrame:
     prompts = [ATTACK, *(f"prompt {i} " + "long" * 30 for i in range(40))]
     pixels = rng.integers(0, 255, (len(prompts), size, size, 3), dtype=np.uint8)
     table = {"prompt_id": prompts, "caption": prompts, "image": [encode_png(image) for image in pixels]}
-    scores = {name: rng.random(len(prompts)) for name in ("reward_overall", "gold_overall", "second")}
+    scores = {name: rng.random(len(prompts)) for name in GOOD["tuned_against_base"]["win_rates"]}
     return pd.DataFrame(table | scores)
 
 
@@ -472,13 +476,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.mark.parametrize("script", [True, False])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_a_wide_and_a_narrow_screen(browser: Browser, reports: Path, width: int, script: bool) -> None:
-    """Without a script too it shows every pair."""
+    """Without a script too it shows every pair; all but the extremes and ties after one click."""
     page = reports / "index.html"
     browser.open(page, width, script=script)
     browser.js("Promise.all([...document.images].map(image => { image.loading = 'eager'; return image.decode(); }))")
     assert browser.js("document.title") == "DSPO report"
     assert browser.js("document.documentElement.scrollWidth") <= width
     shown = "[...document.images].filter(image => image.naturalWidth === 16 && image.checkVisibility()).length"
+    assert 2 * 2 * SHOWN < browser.js(shown) < 2 * len(images(0))
+    browser.js("document.querySelector('details:not([open]) summary').click()")
     assert browser.js(shown) == page.read_text().count("<img ") == 2 * len(images(0))
     assert browser.js("document.querySelectorAll('svg').length") == 5
     assert browser.js("document.querySelector('.tools').checkVisibility()") == script
@@ -488,7 +494,8 @@ def test_the_page_fits_a_wide_and_a_narrow_screen(browser: Browser, reports: Pat
 def test_a_slider_parts_base_and_tuned_by_the_keyboard(browser: Browser, reports: Path) -> None:
     browser.open(reports / "index.html")
     browser.js("document.querySelector('[name=beside]').focus()")
-    browser.press("Tab")
+    for _ in ("the first heading, which folds its pairs", "its first pair"):
+        browser.press("Tab")
     parted = "getComputedStyle(document.activeElement.closest('.two').querySelectorAll('img')[1]).clipPath"
     assert browser.js(parted) == "inset(0px 0px 0px 50%)"
     browser.press("ArrowRight")
@@ -504,13 +511,14 @@ def test_a_slider_parts_base_and_tuned_by_the_keyboard(browser: Browser, reports
 def test_words_filter_and_any_judge_sorts(browser: Browser, reports: Path) -> None:
     browser.open(reports / "index.html")
     prompts = "[...document.querySelectorAll('.pair')].filter(one => one.checkVisibility()).map(one => one.innerText)"
-    assert len(browser.js(prompts)) == len(images(0))
+    folded = browser.js("document.querySelector('details:not([open]) ul').textContent")
+    (number, *_) = re.findall(r"prompt (\d\d) ", folded)
     browser.js("document.querySelector('[name=words]').focus()")
-    browser.type("17 PROMPT")
-    assert [text.splitlines()[-1].startswith("prompt 17") for text in browser.js(prompts)] == [True]
+    browser.type(f"{number} PROMPT")
+    assert [text.splitlines()[-1].startswith(f"prompt {number} ") for text in browser.js(prompts)] == [True]
     assert browser.js("document.querySelector('output').value").startswith("1 of 41 pairs.")
     choice = """tools.elements.words.value = ''; tools.elements.order.value = 'gain';
-    tools.elements.judge.selectedIndex = judges.indexOf('second');
+    tools.elements.judge.selectedIndex = judges.indexOf('second judge');
     tools.dispatchEvent(new Event('input', {bubbles: true}))"""
     browser.js(choice)
     order = differences(images(0), images(1), "second").index
@@ -521,27 +529,40 @@ def test_words_filter_and_any_judge_sorts(browser: Browser, reports: Path) -> No
         f"base {images(0)['second'][best]:.3f}\ntuned {images(1)['second'][best]:.3f}"
     )
     browser.js("tools.elements.order.value = 'chosen'; tools.dispatchEvent(new Event('input', {bubbles: true}))")
-    assert browser.js("document.querySelector('.gallery ul').children.length") == 8
+    assert browser.js("document.querySelector('.gallery ul').children.length") == SHOWN
 
 
-def test_all_judges_scores_come_with_pointer_and_focus(browser: Browser, reports: Path) -> None:
+def test_every_head_of_every_judge_comes_with_pointer_and_focus(browser: Browser, reports: Path) -> None:
     browser.open(reports / "index.html")
     row = int(differences(images(0), images(1), "gold_overall").index[0])
     first, second = images(0).loc[row], images(1).loc[row]
     browser.js("document.querySelector('.pair').scrollIntoView({behavior: 'instant', block: 'center'})")
     x, y = browser.js("(r => [r.x + 20, r.y + 20])(document.querySelector('.pair').getBoundingClientRect())")
-    told = "[...document.querySelectorAll('#scores:not([hidden]) tr')].map(row => [...row.cells].map(c => c.innerText))"
-    assert browser.js(told) == []
+    assert browser.js(TOLD) == []
     browser.point(x, y)
-    rows = {cells[0]: [float(cell) for cell in cells[1:]] for cells in browser.js(told)[1:]}
-    assert {name.replace(" ", "_") for name in rows} == {"gold_overall", "reward_overall", "second"}
-    for name, cells in rows.items():
-        before, after = first[name.replace(" ", "_")], second[name.replace(" ", "_")]
-        assert cells == pytest.approx([before, after, after - before], abs=2e-3)
+    told = browser.js(TOLD)
+    names = ["gold_overall", "second", "reward_overall", "gold_detail", "reward_alignment"]
+    assert [cells[0] for cells in told[1:]] == [words(name) for name in names]
+    for name, cells in zip(names, told[1:], strict=True):
+        before, after = first[name], second[name]
+        assert [float(cell) for cell in cells[1:]] == pytest.approx([before, after, after - before], abs=2e-3)
     browser.press("Escape")
-    assert browser.js(told) == []
+    assert browser.js(TOLD) == []
     browser.js("document.querySelector('.pair input').focus()")
-    assert len(browser.js(told)) == 4
+    assert browser.js(TOLD) == told
+
+
+def test_the_committed_page_is_light_fits_a_phone_and_tells_all_heads(browser: Browser) -> None:
+    page = ROOT / "reports/index.html"
+    assert page.stat().st_size < 5_000_000
+    browser.open(page, 390)
+    assert browser.js("document.documentElement.scrollWidth") <= 390
+    browser.js("document.querySelector('.pair input').focus()")
+    told = {cells[0] for cells in browser.js(TOLD)[1:]}
+    assert told >= {f"{judge} {head}" for judge in ("gold", "reward") for head in HEADS}
+    box = "(r => [r.left, document.documentElement.clientWidth - r.right])(document.querySelector('#scores')"
+    assert min(browser.js(f"{box}.getBoundingClientRect())")) >= 0
+    assert clean(browser)
 
 
 def test_light_and_dark(browser: Browser, reports: Path) -> None:

@@ -59,6 +59,15 @@ def trained(root: Path) -> pd.DataFrame:
     return pd.read_csv(root / "models/training/epochs.csv")
 
 
+def in_dvc_alone(root: Path, data: str) -> bool:
+    """Git has the hash and none of the files, and DVC brings them back."""
+    before = sorted((root / data).rglob("*"))
+    shutil.rmtree(root / data)
+    shell(root, "dvc", "checkout", f"{data}.dvc")
+    assert shell(root, "git", "ls-files", data, f"{data}.dvc").stdout.split() == [f"{data}.dvc"]
+    return bool(before) and sorted((root / data).rglob("*")) == before
+
+
 def test_every_section_has_an_example_that_is_run() -> None:
     assert tuple(re.findall(r"^## (.*)$", PAGE, re.M)) == EXAMPLES
     assert all(any(kind == "bash" for kind, _ in blocks(name)) for name in EXAMPLES)
@@ -86,6 +95,7 @@ def test_ratings(example: Example) -> None:
     assert set(json.loads((root / "models/reward/config.json").read_text())["untrained"]) == {
         "alignment", "fidelity", "detail"
     }  # fmt: skip
+    assert in_dvc_alone(root, "data/raw/shapes-rated.parquet")
     report = json.loads((root / "models/reward/report.json").read_text())
     assert report["n_pairs"] == summary["test"]["pairs"]
 
@@ -95,6 +105,7 @@ def test_pairs(example: Example) -> None:
     rows = pairs(root)
     assert len(rows) == 10 and all(caption.startswith("a meadow") for caption in rows["caption"])
     assert len(trained(root)) == 2
+    assert in_dvc_alone(root, "my-pairs")
 
 
 def test_reward(example: Example) -> None:

@@ -114,7 +114,8 @@ def _reward_model(folder: Path) -> Check:
         config = read_json(folder / "config.json")
         size = (folder / "model.safetensors").stat().st_size
     except (UserError, FileNotFoundError) as error:
-        return Check("reward model", str(error), f"dvc pull {folder}   or, to train it:   dvc repro train_reward")
+        remedy = f"dvc repro train_reward   or, where a remote holds it:   dvc pull {folder}"
+        return Check("reward model", str(error), remedy)
     untrained = ", ".join(config["untrained"])
     return Check(
         "reward model", f"{folder}: {size / 2**20:.0f} MiB" + (f", untrained heads: {untrained}" if untrained else "")

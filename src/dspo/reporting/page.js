@@ -7,7 +7,7 @@ const tip = document.getElementById("scores");
 const theme = document.querySelector(".theme");
 const names = gallery.dataset.names.split("|");
 const judges = [...tools.elements.judge.options].map(option => option.text);
-const sections = [...gallery.querySelectorAll("section")];
+const sections = [...gallery.querySelectorAll("details")];
 const cards = [...gallery.querySelectorAll(".pair")].map(read);
 const ordered = document.createElement("ul");
 ordered.className = "pairs";
@@ -57,7 +57,9 @@ function arrange() {
   for (const card of inOrder) (rank ? ordered : card.home).append(card.element);
   const visible = cards.filter(card => !card.element.hidden).length;
   for (const section of sections) {
-    section.hidden = Boolean(rank) || (words.length > 0 && !section.querySelector(".pair:not([hidden])"));
+    const found = words.length > 0 && section.querySelector(".pair:not([hidden])");
+    section.hidden = Boolean(rank) || (words.length > 0 && !found);
+    if (found) section.open = true;
   }
   tools.querySelector("output").textContent =
     `${visible} of ${cards.length} pairs. Move a picture's slider with the pointer, or Tab to it and press ← →.`;

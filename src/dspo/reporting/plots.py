@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspo.reporting.tables import BASE_AND_TUNED, Names
+from dspo.reporting.tables import BASE_AND_TUNED, Names, words
 
 matplotlib.rcParams["svg.hashsalt"] = "dspo"
 matplotlib.rcParams["svg.fonttype"] = "none"
@@ -99,7 +99,7 @@ def judges_plot(rows: Mapping[str, Mapping[str, Any]], names: Names = BASE_AND_T
         axis.plot([row["low"], row["high"]], [position, position], color=colour, linewidth=3, alpha=0.5)
         axis.plot(row["win_rate"], position, "o", color=colour)
     axis.axvline(0.5, color=THIRD_COLOUR, linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(shown)), [name.replace("_", " ") for name, _ in shown])
+    axis.set_yticks(range(len(shown)), [words(name) for name, _ in shown])
     axis.set_xlim(0, 1)
     plain(
         axis, f"Win rate of {names[1]} over {names[0]}; grey: the reward that was trained on", "share of decided images"
@@ -143,7 +143,7 @@ def score_distributions(
         bins = np.histogram_bin_edges(np.concatenate([base[column], tuned[column]]), bins=24)
         axis.hist(base[column], bins=bins, color=BASE_COLOUR, alpha=0.55, label=names[0])
         axis.hist(tuned[column], bins=bins, color=TUNED_COLOUR, histtype="step", linewidth=1.5, label=names[1])
-        plain(axis, column.replace("_", " "), "")
+        plain(axis, words(column), "")
         axis.set_yticks([])
     for axis in list(axes.flat)[len(columns) :]:
         axis.set_visible(False)

@@ -45,8 +45,9 @@ def interval(low: float | None, high: float | None, digits: int = 3) -> str:
 
 
 def main_first(rows: Json) -> dict[str, Any]:
-    """The judges that a verdict is read from before the single heads."""
-    return {name: rows[name] for name in sorted(rows, key=lambda name: (name not in JUDGES, name))}
+    """The judges that a verdict is read from, in the order of ``JUDGES``, before the single heads."""
+    judges = [name for name in JUDGES if name in rows]
+    return {name: rows[name] for name in (*judges, *sorted(rows.keys() - JUDGES.keys()))}
 
 
 def rate(row: Json | None) -> str:
@@ -58,7 +59,9 @@ def rate(row: Json | None) -> str:
 
 
 def words(name: str) -> str:
-    return PUBLISHED.get(name) or name.removeprefix("drift_").replace("_", " ")
+    if name in PUBLISHED or name == "second":
+        return JUDGES[name]
+    return name.removeprefix("drift_").replace("_", " ")
 
 
 def estimate(row: Json, digits: int = 3) -> list[str]:
