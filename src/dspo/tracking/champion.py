@@ -116,7 +116,7 @@ def describe(world: str, champion: ModelVersion | None = None) -> str:
 `dspo promote` makes a version `{CHAMPION}` if the lower end of its gold win rate's interval is above one half;
 `dspo rollback` takes that back."""
     if champion is None:
-        return f"{head}\n\nNo version is `{CHAMPION}` yet."
+        return f"{head}\n\nNo version is `{CHAMPION}` yet. The page of each says how to load it."
     return f"{head}\n\n# {CHAMPION.capitalize()}: version {champion.version}\n\n{champion.description or ''}"
 
 

@@ -15,7 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from dspo.tracking.description import NOTE, SAMPLE_GRID, describe_experiment, describe_run, run_name
 from dspo.tracking.record import LAST, Dataset, RunRecord, Series, StageRecord
-from dspo.tracking.registry import register, run_of_version
+from dspo.tracking.registry import register, version_of
 from dspo.tracking.server import patience
 
 Item = TypeVar("Item")
@@ -53,12 +53,13 @@ class MlflowSink:
         """
         experiment = self._experiment()
         begun = {run.info.run_id for run in self._runs(experiment, {KEY: record.key})}
-        registered = run_of_version(self._client, record)
-        if registered is None or registered not in begun:
-            for run in begun:
-                self._delete(experiment, run)
-            registered = self._send(experiment, record, folder)
-        self._finish(registered)
+        version = version_of(self._client, record)
+        if version is not None and version.run_id in begun:
+            self._finish(version.run_id)
+            return
+        for run in begun:
+            self._delete(experiment, run)
+        self._finish(self._send(experiment, record, folder))
 
     def _send(self, experiment: str, record: RunRecord, folder: Path) -> str:
         tags = {**record.tags, KEY: record.key, CONTENT: record.content, "world": record.world}
