@@ -1,13 +1,16 @@
 """MLflow follows the files: whole, once and only once, and at no cost to the run when it is away."""
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import get_args
 
 import diffusers
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from chromium import Browser
 from mlflow import MlflowClient
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -245,6 +249,51 @@ def test_the_pages_say_what_a_person_wants_to_know(root: Path, uri: str, finishe
     assert said.endswith(version.description)
     assert "Champion: version 1" in said
     assert len(said) < 4000  # PostgreSQL holds 5000
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """MLflow's server over a folder, as `make mlflow` starts it; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", folder / "mlartifacts"]
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *places]
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder.parent, env=environment, start_new_session=True, **output) as process:
+        try:
+            said = iter(process.stdout.readline, "")
+            assert any("Application startup complete" in line for line in said), "the server ended"
+            Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop it
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def test_the_pages_in_a_browser_after_the_folder_moved(
+    root: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between a container and its host: what one wrote, the other shows."""
+    sync(uri, root)
+    promote(uri, "shapes")
+    root = root.rename(tmp_path / "moved")
+    monkeypatch.chdir(root)
+    assert sync("sqlite:///mlflow.db", root) == []
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    (parent,) = parents(f"sqlite:///{root / 'mlflow.db'}")
+    assert Path(client.download_artifacts(parent.info.run_id, "sample_grid.png")).is_relative_to(root)
+
+    browser = Browser(tmp_path / "profile")
+    with closing(browser), served(root) as address:
+        browser.open(f"{address}/#/models/dspo-adapter-shapes")
+        browser.until("document.body.innerText.includes('Champion: version 1')")
+        browser.until("[...document.images].some(one => one.alt.startsWith('The same prompts') && one.naturalWidth)")
+        browser.until("document.body.innerText.includes('@ champion')")
+        browser.picture(tmp_path / "model.png")
+        cells = browser.js("[...document.querySelectorAll('td')].map(cell => cell.innerText)")
+        assert cells[:3] == ["win rate over base, gold", "0.700", "0.600 to 0.800"]
+        code = 'load_model("models:/dspo-adapter-shapes@champion")'
+        assert code in browser.js("document.body.innerText")
 
 
 def test_whoever_loads_the_champion_gets_the_images_that_were_judged(

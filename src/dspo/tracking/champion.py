@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from dspo.errors import UserError
-from dspo.tracking.server import REFUSALS, patience, reason
+from dspo.tracking.server import REFUSALS, connect, patience, reason
 
 CHAMPION = "champion"
 HISTORY = "champion.history"
@@ -122,7 +122,7 @@ def describe(world: str, champion: ModelVersion | None = None) -> str:
 
 def _client(uri: str) -> MlflowClient:
     patience(30, retries=1)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return connect(uri)
 
 
 def _versions(client: MlflowClient, name: str) -> dict[int, ModelVersion]:
