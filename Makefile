@@ -97,7 +97,8 @@ format: setup ## let ruff lay out the code
 deps: setup ## write each stage's code dependencies into dvc.yaml
 	python tools/stage_deps.py $(wildcard dvc.yaml pipelines/*/dvc.yaml)
 
-mlflow: setup ## MLflow's pages over mlflow.db at http://127.0.0.1:5000
+mlflow: setup ## MLflow's pages over mlflow.db, brought up to date, at http://127.0.0.1:5000
+	-MLFLOW_TRACKING_URI= dspo sync
 	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --artifacts-destination $(CURDIR)/mlartifacts
 
 sync: setup ## send to MLflow what is not there yet, experiments of `dvc exp run` included

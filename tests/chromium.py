@@ -61,14 +61,16 @@ class Browser:
         message, _, self._unread = self._unread.partition(b"\0")
         return dict(json.loads(message))
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False, script: bool = True) -> None:
+    def open(
+        self, page: Path | str, width: int = 1280, height: int = 900, dark: bool = False, script: bool = True
+    ) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self("Emulation.setScriptExecutionDisabled", value=not script)
         self.events.clear()
-        self("Page.navigate", url=page.as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 
@@ -76,6 +78,14 @@ class Browser:
         answer = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def until(self, expression: str, seconds: int = 120) -> None:
+        """Wait for what a page's script brings."""
+        self.js(f"""new Promise((good, bad) => {{
+            const look = () => {{ if ({expression}) good(); else setTimeout(look, 50); }};
+            setTimeout(() => bad(new Error(document.body.innerText)), {1000 * seconds});
+            look();
+        }})""")
 
     def press(self, key: str) -> None:
         code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}

@@ -150,3 +150,22 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     for move in (promote, rollback):
         with pytest.raises(UserError, match=r"http://127.0.0.1:9: MLflow did not"):
             move("http://127.0.0.1:9", "shapes")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("sqlite:///folder", "unable to open database file. Set MLFLOW_TRACKING_URI to"),
+        ("sqlite:///text", "file is not a database. Set MLFLOW_TRACKING_URI to"),
+        ("sqlite:///none", "none: no such file. `dspo sync` writes it"),
+        ("http://[bad", "Invalid IPv6 URL. Set MLFLOW_TRACKING_URI to"),
+        ("mysql://user@host/name", "No module named 'MySQLdb'. Set MLFLOW_TRACKING_URI to"),
+    ],
+)
+def test_an_address_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(UserError, match=message):
+        promote(uri, "shapes")
+    assert not (tmp_path / "none").exists()

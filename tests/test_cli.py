@@ -347,6 +347,41 @@ def test_train_needs_a_reward_model_and_two_prompts(plain_prompts, reward):
         train(reward, "out", prompts="one.csv")
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "--output", "prompts.csv"], r"--output prompts.csv: nothing can be written in .*Not a directory"),
+        (
+            ["train", "--output", "prompts.csv/out"],
+            r"--output prompts.csv/out: nothing can be written in .*prompts.csv ",
+        ),
+        (["train", "--output", "/proc/out"], r"--output /proc/out: nothing can be written in /proc "),
+        (["batch-generate", "--model", "none", "--output", "prompts.csv"], "--output prompts.csv: nothing"),
+        (["compare", "none", "none", "--output", "prompts.csv/out"], "--output prompts.csv/out: nothing"),
+        (["import-pairs", "--input", "none", "--output", "prompts.csv"], "--output prompts.csv: nothing"),
+        (["explain", "a red star", "none.png", "--output", "."], r"--output \.: a folder. Give the path of a file"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(folder, command, message):
+    prompts = [] if command[0] in ("import-pairs", "explain") else ["--prompts", "prompts.csv"]
+    with pytest.raises(UserError, match=message):
+        call(*command, *prompts)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--prompts", ".", "is a directory"),
+        ("--params", ".", "is a directory"),
+        ("--config", ".", "is a directory"),
+        ("--reward-model", "prompts.csv", "is a file"),
+    ],
+)
+def test_a_folder_for_a_file_and_a_file_for_a_folder(folder, option, value, message):
+    done = call("train", "--prompts", "prompts.csv", option, value)
+    assert done.exit_code == 2 and option in done.stderr and message in done.stderr
+
+
 def plan_of(text):
     after = text.split("\n\n", 1)[1]
     return {line[:12].strip(): line[13:] for line in after.splitlines() if line[:12].strip()}

@@ -35,7 +35,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("serving")
     save_tiny_pipeline(root / "base")
     sampler = {
+        "base.model": "base",
+        "base.dtype": "float32",
         "base.resolution": str(RESOLUTION),
+        "evaluate.sampler.scheduler": "ddim",
         "evaluate.sampler.steps": "2",
         "evaluate.sampler.guidance_scale": "1.5",
     }
@@ -60,7 +63,10 @@ def server(registry: Path) -> Iterator[str]:
     """The address of the server that docs/registry.md starts, ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    (registry / "elsewhere").mkdir()  # a version is served where this project is not installed
+    (registry / "elsewhere/dspo.py").write_text("raise ModuleNotFoundError('dspo')")
     environment = {
+        "PYTHONPATH": str(registry / "elsewhere"),
         "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
         "MLFLOW_TRACKING_URI": f"sqlite:///{registry / 'mlflow.db'}",
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -1,32 +1,44 @@
 """MLflow follows the files: whole, once and only once, and at no cost to the run when it is away."""
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Thread
+from typing import get_args
 
+import diffusers
 import mlflow
-import mlflow.diffusers
 import numpy as np
 import pytest
 import torch
 import yaml
+from chromium import Browser
 from mlflow import MlflowClient
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny import RESOLUTION, TEXT_WIDTH, save_tiny_pipeline, tiny_pipeline
+from tiny import RESOLUTION, tiny_pipeline
 
+from dspo.data.prompts import Prompt
+from dspo.diffusion.base import load_pipeline
+from dspo.diffusion.sampling import SampleRequest, initial_noise, sample, with_scheduler
 from dspo.errors import UserError
+from dspo.params import BaseModelParams, SamplerParams, Scheduler
+from dspo.preference.dora import load_adapter
 from dspo.tracking.champion import promote
 from dspo.tracking.mlflow_sink import MlflowSink
 from dspo.tracking.record import curves, numbers, read_lock
-from dspo.tracking.registry import as_diffusers
 from dspo.tracking.sync import sync
+from dspo.tracking.tuned_pipeline import SCHEDULERS
 
+SAMPLER = SamplerParams(scheduler="dpmpp_2m", steps=2, guidance_scale=1.5)
+REQUESTS = [SampleRequest(Prompt("p", "a red circle"), 0, 0)]
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 STAGES = """
 import json, pathlib, shutil, sys, yaml
@@ -40,8 +52,11 @@ if sys.argv[1] == "train":
     write("models/training/log.csv", f"step,loss,note\\n1,{params['train']['lr']},a\\n2,0.5,b\\n")
 elif sys.argv[1] == "evaluate":
     low = params["evaluate"]["low"]
-    gold = {"win_rate": low + 0.1, "low": low, "high": low + 0.2, "n_decided": 300, "n_prompts": 100}
-    write("data/evaluation/results.json", {"tuned_against_base": {"win_rates": {"gold_overall": gold, "second": gold}}})
+    rates = {}
+    if low is not None:
+        gold = {"win_rate": low + 0.1, "low": low, "high": low + 0.2, "n_decided": 300, "n_prompts": 100}
+        rates = {"gold_overall": gold, "second": gold}
+    write("data/evaluation/results.json", {"tuned_against_base": {"win_rates": rates}})
 else:
     write("reports/summary.json", {"gold": {"win_rate": 0.8, "ci95": [0.7, 0.9], "n": 3, "none": None}})
     pathlib.Path("reports/plots").mkdir(exist_ok=True)
@@ -77,11 +92,20 @@ def shell(folder: Path, *command: str) -> str:
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, env=environment).stdout
 
 
-def set_params(folder: Path, base: Path, lr: float, low: float) -> None:
+def base_params(models: Path) -> BaseModelParams:
+    """A base like SDXL's in all that decides what is loaded: variant, a VAE of its own, bfloat16."""
+    return BaseModelParams(
+        model=str(models / "base"), revision=None, variant="fp16", vae=str(models / "vae"), vae_revision=None,
+        dtype="bfloat16", resolution=RESOLUTION,
+    )  # fmt: skip
+
+
+def set_params(folder: Path, models: Path, lr: float, low: float | None) -> None:
+    """``low``: end of the gold judge's interval; None: there is no such judge."""
     world = {
-        "base": {"model": str(base), "revision": None, "resolution": RESOLUTION},
+        "base": base_params(models).model_dump(),
         "train": {"lr": lr, "targets": ["to_k", "to_q"], "rank": 4, "loss": "dspo", "epochs": 2},
-        "evaluate": {"low": low, "sampler": {"steps": 2, "guidance_scale": 1.5}},
+        "evaluate": {"low": low, "sampler": SAMPLER.model_dump()},
     }
     (folder / "params.yaml").write_text(json.dumps({"world": "shapes", "seed": 0, "worlds": {"shapes": world}}))
 
@@ -103,11 +127,12 @@ def dora_adapter(folder: Path) -> Path:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository after `dvc repro`; tests work on copies of it."""
     folder = tmp_path_factory.mktemp("tracking")
-    base = save_tiny_pipeline(folder / "base")
+    tiny_pipeline().save_pretrained(folder / "base", variant="fp16")
+    tiny_pipeline(seed=1).vae.save_pretrained(folder / "vae")
     root = folder / "root"
     root.mkdir()
     dora_adapter(root / "prepared")
-    set_params(root, base, lr=0.1, low=0.6)
+    set_params(root, folder, lr=0.1, low=0.6)
     (root / "data/pairs").mkdir(parents=True)
     (root / "data/pairs/pairs.csv").write_text("winner,loser\n")
     (root / "data/prompts.csv").write_text("prompt\na red circle\n")
@@ -226,34 +251,76 @@ def test_the_pages_say_what_a_person_wants_to_know(root: Path, uri: str, finishe
     assert len(said) < 4000  # PostgreSQL holds 5000
 
 
-def test_the_champion_makes_the_images_of_the_adapter_that_was_trained(
-    root: Path, uri: str, finished_run: Path
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """MLflow's server over a folder, as `make mlflow` starts it; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", folder / "mlartifacts"]
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *places]
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder.parent, env=environment, start_new_session=True, **output) as process:
+        try:
+            said = iter(process.stdout.readline, "")
+            assert any("Application startup complete" in line for line in said), "the server ended"
+            Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop it
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def test_the_pages_in_a_browser_after_the_folder_moved(
+    root: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between a container and its host: what one wrote, the other shows."""
+    sync(uri, root)
+    promote(uri, "shapes")
+    root = root.rename(tmp_path / "moved")
+    monkeypatch.chdir(root)
+    assert sync("sqlite:///mlflow.db", root) == []
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    (parent,) = parents(uri)
+    picture = MlflowClient(uri).download_artifacts(parent.info.run_id, "sample_grid.png", str(tmp_path))
+    assert Path(picture).read_bytes() == (root / "grid.png").read_bytes()
+
+    browser = Browser(tmp_path / "profile")
+    with closing(browser), served(root) as address:
+        browser.open(f"{address}/#/models/dspo-adapter-shapes")
+        browser.until("document.body.innerText.includes('Champion: version 1')")
+        browser.until("[...document.images].some(one => one.src.includes('sample_grid.png') && one.naturalWidth)")
+        browser.until("document.body.innerText.includes('@\\u00a0champion')")
+        browser.picture(tmp_path / "model.png")
+        cells = browser.js("[...document.querySelectorAll('td')].map(cell => cell.innerText)")
+        assert {"win rate over base, gold", "0.700", "0.600 to 0.800"} <= set(cells)
+        code = 'load_model("models:/dspo-adapter-shapes@champion")'
+        assert code in browser.js("document.body.innerText")
+
+
+def test_whoever_loads_the_champion_gets_the_images_that_were_judged(
+    root: Path, uri: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sync(uri, root)
     promote(uri, "shapes")
     version = MlflowClient(uri, uri).get_model_version_by_alias("dspo-adapter-shapes", "champion")
     assert {"git.commit", "dvc.lock_md5", "dvc.params_md5", "dvc.adapter_md5"} <= version.tags.keys()
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which MLflow adds the version's own code
     mlflow.set_tracking_uri(uri)
-    logged = mlflow.diffusers.load_model("models:/dspo-adapter-shapes@champion")
-    assert logged.base_model == str(finished_run.parent / "base")
-    assert Path(logged.adapter_path).is_relative_to(root / "mlartifacts")
-    pipe = logged.load_pipeline(device="cpu")
-    generator = torch.Generator().manual_seed(1)
-    latents, text = torch.randn(2, 4, 4, 4, generator=generator), torch.randn(2, 7, 2 * TEXT_WIDTH, generator=generator)
-    added = {"text_embeds": torch.randn(2, TEXT_WIDTH, generator=generator), "time_ids": torch.full((2, 6), 32.0)}
+    pipe = mlflow.pyfunc.load_model("models:/dspo-adapter-shapes@champion").get_raw_model()
 
-    def predict(unet: torch.nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            return unet(latents, torch.tensor([900, 10]), text, added_cond_kwargs=added).sample
-
-    plain = tiny_pipeline().unet
-    base = predict(plain)
-    trained = predict(PeftModel.from_pretrained(plain, root / "models/adapter").eval())
-    assert (trained - base).abs().max() > 1e-2
-    torch.testing.assert_close(predict(pipe.unet), trained, rtol=0, atol=1e-5)
-    image = pipe("a red circle", num_inference_steps=2, height=RESOLUTION, width=RESOLUTION, output_type="np").images[0]
-    assert image.shape == (RESOLUTION, RESOLUTION, 3)
-    assert np.isfinite(image).all()
+    evaluated = load_pipeline(base_params(finished_run.parent), torch.device("cpu"))
+    plain = next(sample(evaluated, REQUESTS, SAMPLER, RESOLUTION, seed=0, batch_size=1)).image
+    evaluated.unet = load_adapter(evaluated.unet, root / "models/adapter")
+    judged = next(sample(evaluated, REQUESTS, SAMPLER, RESOLUTION, seed=0, batch_size=1)).image
+    assert (judged != plain).any()
+    noise = initial_noise(REQUESTS, 0, (4, 4, 4)).bfloat16()
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    loaded = pipe("a red circle", latents=noise, num_inference_steps=2, guidance_scale=1.5, **size).images[0]
+    assert (np.asarray(loaded) == judged).all()
+    for name, (scheduler, options) in SCHEDULERS.items():
+        ours = getattr(diffusers, scheduler).from_config(evaluated.scheduler.config, **options)
+        assert with_scheduler(evaluated, name).scheduler.config == ours.config
+    assert SCHEDULERS.keys() == set(get_args(Scheduler))
 
 
 def test_only_an_adapter_that_the_gold_judge_prefers_becomes_champion(root: Path, uri: str) -> None:
@@ -261,7 +328,7 @@ def test_only_an_adapter_that_the_gold_judge_prefers_becomes_champion(root: Path
     client = MlflowClient(uri, uri)
     assert client.get_registered_model("dspo-adapter-shapes").aliases == {}  # sending moves nothing
     assert promote(uri, "shapes").champion == 1
-    set_params(root, root.parent / "base", lr=0.2, low=0.4)
+    set_params(root, root.parent, lr=0.2, low=0.4)
     config = root / "prepared/adapter_config.json"
     config.write_text(config.read_text().replace('"lora_dropout": 0.1', '"lora_dropout": 0.2'))
     shell(root, "dvc", "repro", "--quiet")
@@ -274,14 +341,36 @@ def test_only_an_adapter_that_the_gold_judge_prefers_becomes_champion(root: Path
 
 
 def test_experiments_are_mirrored_under_their_names(root: Path, uri: str) -> None:
-    shell(root, "dvc", "exp", "run", "--quiet", "--temp", "-n", "hot", "-S", "worlds.shapes.train.lr=0.7")
-    assert len(sync(uri, root)) == 2
+    sync(uri, root)
+    changed = ("-S", "worlds.shapes.train.lr=0.7", "-S", "worlds.shapes.evaluate.low=0.9")
+    shell(root, "dvc", "exp", "run", "--quiet", "--temp", "-n", "hot", *changed)
+    assert len(sync(uri, root)) == 1
     assert sync(uri, root) == []
     by_lr = {run.data.params["train.lr"]: run for run in parents(uri)}
     assert by_lr["0.7"].info.run_name == by_lr["0.7"].data.tags["dvc.exp_name"] == "hot"
     assert by_lr["0.7"].data.tags["dvc.baseline_rev"] == by_lr["0.1"].data.tags["git.commit"]
-    # The same adapter from another learning rate: one version of the registered model.
-    assert len(MlflowClient(uri, uri).search_model_versions("name = 'dspo-adapter-shapes'")) == 1
+    # The same adapter from another learning rate: one version, and what an experiment says of it moves no gate.
+    (version,) = MlflowClient(uri, uri).search_model_versions("name = 'dspo-adapter-shapes'")
+    assert version.tags["gold.low"] == "0.6"
+
+
+def test_an_adapter_that_is_judged_anew_has_the_new_figures(root: Path, uri: str, finished_run: Path) -> None:
+    client, name = MlflowClient(uri, uri), "dspo-adapter-shapes"
+    sync(uri, root)
+    promote(uri, "shapes")
+    made_by = client.get_model_version(name, "1").run_id
+    for low, figure, refused in ((0.4, "| 0.500 |", "from 0.400"), (None, "No judge gave figures", "no win rate")):
+        set_params(root, finished_run.parent, lr=0.1, low=low)
+        shell(root, "dvc", "repro", "--quiet")
+        assert len(sync(uri, root)) == 1
+        (version,) = client.search_model_versions(f"name = '{name}'")
+        assert version.run_id == made_by
+        assert version.tags.get("gold.low") == (None if low is None else f"{low:g}")
+        assert len([tag for tag in version.tags if tag.startswith("gold.")]) == (0 if low is None else 4)
+        assert figure in version.description
+        assert version.description in client.get_registered_model(name).description
+        with pytest.raises(UserError, match=refused):
+            promote(uri, "shapes", 1)
 
 
 def test_an_experiment_in_the_workspace_is_one_run_and_keeps_its_name(root: Path, uri: str) -> None:
@@ -307,7 +396,7 @@ def test_two_experiments_with_equal_outcome_are_two_runs(root: Path, uri: str) -
 def test_what_a_silent_server_did_not_get_is_sent_later(root: Path, uri: str, silent_server: str) -> None:
     with pytest.raises(UserError, match="dspo sync"):
         sync(silent_server, root, first_timeout=1)
-    set_params(root, root.parent / "base", lr=0.3, low=0.6)  # the workspace moves on
+    set_params(root, root.parent, lr=0.3, low=0.6)  # the workspace moves on
     shell(root, "dvc", "repro", "--quiet")
     with pytest.raises(UserError, match="dspo sync"):
         sync("http://127.0.0.1:9", root, first_timeout=1)  # nothing listens there
@@ -355,6 +444,7 @@ import os, signal
 from pathlib import Path
 from mlflow import MlflowClient
 from dspo.tracking.sync import sync
+from dspo.tracking.tuned_pipeline import SCHEDULERS
 MlflowClient.create_model_version = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 sync({uri!r}, Path({str(root)!r}))
 """
@@ -409,9 +499,3 @@ def test_numbers_and_curves_of_files(tmp_path: Path) -> None:
     assert curves(table) == {"reward": [(0, 0.5), (2, 0.7)]}
     table.write_text("epoch,part,reward\n0,1,0.5\n0,2,0.6\n")
     assert curves(table) == {}
-
-
-def test_the_diffusers_file_is_the_same_bytes_each_time(tmp_path: Path) -> None:
-    adapter = dora_adapter(tmp_path / "adapter")
-    first, second = (as_diffusers(adapter, tmp_path / name / "weights.safetensors") for name in "ab")
-    assert first.read_bytes() == second.read_bytes()

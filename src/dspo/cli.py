@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspo.errors import UserError
-from dspo.options import read_config
+from dspo.options import check_writable, output_file, output_folder, read_config
 from dspo.params import BaseModelParams, load_params
 from dspo.stages.runner import run
 
@@ -28,22 +28,30 @@ BEGIN, TRAIN, USE, LOOK, KEEP = "Begin", "Train", "Use what was trained", "Look 
 
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="parameters; every default comes from its active world")]
+ParamsFile = Annotated[
+    Path, typer.Option("--params", dir_okay=False, help="parameters; every default comes from its active world")
+]
 ModelName = Annotated[
     str | None, typer.Option(help="base model: a folder, a .safetensors file, or HUB_ID@COMMIT; default: the world's")
 ]
-RewardFolder = Annotated[Path, typer.Option("--reward-model", help="folder that train_reward wrote")]
+RewardFolder = Annotated[Path, typer.Option("--reward-model", file_okay=False, help="folder that train_reward wrote")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and what it takes; do nothing")]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", is_eager=True, callback=read_config, help="YAML file of these options: `num-pairs: 200`"),
+    typer.Option(
+        "--config",
+        dir_okay=False,
+        is_eager=True,
+        callback=read_config,
+        help="YAML file of these options: `num-pairs: 200`",
+    ),
 ]
 
 
 @app.command(rich_help_panel=BEGIN, epilog="Example: dspo check --prompts prompts.csv")
 def check(
     params: ParamsFile = Path("params.yaml"),
-    prompts: Annotated[Path, typer.Option(help="prompt list")] = Path("data/prompts.csv"),
+    prompts: Annotated[Path, typer.Option(dir_okay=False, help="prompt list")] = Path("data/prompts.csv"),
     reward_model: RewardFolder = Path("models/reward"),
 ) -> None:
     """Say what is there, what is missing, and the command that mends it. Exit code 0 if nothing is missing, else 1."""
@@ -60,10 +68,10 @@ def check(
 
 @app.command(rich_help_panel=TRAIN, epilog="Example: dspo train --prompts prompts.csv --num-pairs 400 --output mine")
 def train(
-    prompts: Annotated[Path, typer.Option(help="CSV with the columns prompt and, if wanted, weight")],
-    output: Annotated[Path, typer.Option(help="folder for adapter, training state, pairs and logs")] = Path(
-        "outputs/dspo_dora"
-    ),
+    prompts: Annotated[Path, typer.Option(dir_okay=False, help="CSV with the columns prompt and, if wanted, weight")],
+    output: Annotated[
+        Path, typer.Option(callback=output_folder, help="folder for adapter, training state, pairs and logs")
+    ] = Path("outputs/dspo_dora"),
     reward_model: RewardFolder = Path("models/reward"),
     model_name: ModelName = None,
     num_pairs: Annotated[int, typer.Option(min=2, help="preference pairs to make, at most")] = 200,
@@ -105,8 +113,10 @@ def train(
 )
 def batch_generate(
     model: Annotated[Path, typer.Option(help="output folder of `dspo train`, or an adapter folder")],
-    prompts: Annotated[Path, typer.Option(help="CSV with the column prompt")],
-    output: Annotated[Path, typer.Option(help="folder for images and manifest; run again to go on")],
+    prompts: Annotated[Path, typer.Option(dir_okay=False, help="CSV with the column prompt")],
+    output: Annotated[
+        Path, typer.Option(callback=output_folder, help="folder for images and manifest; run again to go on")
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="images per prompt")] = 1,
     model_name: ModelName = None,
     dry_run: DryRun = False,
@@ -139,9 +149,13 @@ def import_pairs(
     source: Annotated[
         Path, typer.Option("--input", help="winners/ and losers/, a CSV of image paths, or Pick-a-Pic's shards")
     ],
-    output: Annotated[Path, typer.Option(help="folder of pairs; replaced")] = Path("data/pairs"),
+    output: Annotated[Path, typer.Option(callback=output_folder, help="folder of pairs; replaced")] = Path(
+        "data/pairs"
+    ),
     layout: Annotated[str | None, typer.Option(help="layout of the input, docs/data.md; default: by its looks")] = None,
-    reward_model: Annotated[Path | None, typer.Option(help="score the images with this reward model as well")] = None,
+    reward_model: Annotated[
+        Path | None, typer.Option(file_okay=False, help="score the images with this reward model as well")
+    ] = None,
     model_name: ModelName = None,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
@@ -186,6 +200,7 @@ def export(
         raise UserError(f"--format {format}: expected one of {', '.join(formats())}")
     if rank is not None and format != "kohya":
         raise UserError(f"--rank {rank}: only --format kohya has a rank of its own")
+    check_writable(output.parent)
     folder = adapter_folder(adapter)
     if model_name is None:
         check_base(folder, base)
@@ -203,11 +218,11 @@ def export(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="output folder of `dspo train`, or an adapter folder")],
     second: Annotated[Path, typer.Argument(metavar="B", help="the other one")],
-    prompts: Annotated[Path, typer.Option(help="CSV with the column prompt")],
-    output: Annotated[Path, typer.Option(help="folder for index.html and results.json")],
+    prompts: Annotated[Path, typer.Option(dir_okay=False, help="CSV with the column prompt")],
+    output: Annotated[Path, typer.Option(callback=output_folder, help="folder for index.html and results.json")],
     seeds: Annotated[int | None, typer.Option(min=1, help="images per prompt; default: the world's")] = None,
     reward_model: RewardFolder = Path("models/reward"),
-    second_judge: Annotated[Path, typer.Option(help="read where the world has this judge")] = Path(
+    second_judge: Annotated[Path, typer.Option(file_okay=False, help="read where the world has this judge")] = Path(
         "models/shapes-judge"
     ),
     model_name: ModelName = None,
@@ -240,7 +255,9 @@ def compare(
 def explain(
     prompt: Annotated[str, typer.Argument(help="the text that the image was made of")],
     image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP file")],
-    output: Annotated[Path, typer.Option(help="picture to write (PNG)")] = Path("explanation.png"),
+    output: Annotated[Path, typer.Option(callback=output_file, help="picture to write (PNG)")] = Path(
+        "explanation.png"
+    ),
     reward_model: RewardFolder = Path("models/reward"),
 ) -> None:
     """Score one image by the reward model's heads, and draw where its fusion looked."""

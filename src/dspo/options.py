@@ -1,5 +1,6 @@
-"""``--config FILE``: a command's options from a YAML file; what the command line gives as well wins."""
+"""What options have in common: ``--config FILE``, and outputs that are tried before the work, not after it."""
 
+import tempfile
 from pathlib import Path
 
 import typer
@@ -9,7 +10,9 @@ from dspo.errors import UserError
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the file's values the command's defaults. Keys are the options' names, with ``-`` or ``_``.
+    """Make a YAML file's values the command's defaults; what the command line gives as well wins.
+
+    Keys are the options' names, with ``-`` or ``_``.
 
     Raises :class:`UserError` for a file that is missing or no YAML, a key that is no option, a value that is no text or
     number. Types and bounds are checked as on the command line.
@@ -35,3 +38,30 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         defaults[name.replace("-", "_")] = value
     context.default_map = defaults
     return path
+
+
+def output_folder(path: Path | None) -> Path | None:
+    """Raises :class:`UserError` unless ``path`` is a folder that can be written to, or can become one."""
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+def output_file(path: Path | None) -> Path | None:
+    """Raises :class:`UserError` unless ``path`` is or can become a file."""
+    if path is not None:
+        if path.is_dir():
+            raise UserError(f"--output {path}: a folder. Give the path of a file.")
+        check_writable(path.parent)
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises :class:`UserError` unless files can be made in ``folder``, or in the nearest one above it that exists."""
+    place = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        message = f"--output {folder}: nothing can be written in {place} ({error.strerror}). Give another --output."
+        raise UserError(message) from None

@@ -22,6 +22,7 @@ from dspo.preference.dora import Adapter, add_dora
 from dspo.preference.schedule import NoiseSchedule
 from dspo.preference.scoring import write_pairs
 from dspo.preference.trainer import CHECKPOINT, train
+from dspo.progress import progress
 from dspo.reward.checkpoint import RewardScorer, load_reward
 from dspo.stages.atomic import open_scratch
 from dspo.stages.train import RewardCheck, metrics, write_rows
@@ -121,14 +122,18 @@ def before_and_after(
 ) -> Change:
     """Images of base and tuned from the same noise: their rewards, and the first few side by side as a picture."""
     requests = [SampleRequest(prompt, sample_index=0, noise_index=0) for prompt in prompts]
-    settings = (world.evaluate.sampler, world.base.resolution, seed, world.evaluate.batch_size)
-    tuned = [result.image for result in sample(pipe, requests, *settings)]
+
+    def images(name: str) -> list[Pixels]:
+        settings = (world.evaluate.sampler, world.base.resolution, seed, world.evaluate.batch_size)
+        return [one.image for one in progress(sample(pipe, requests, *settings), len(requests), f"images of {name}")]
+
+    tuned = images("tuned")
     with adapter.disabled():
-        base = [result.image for result in sample(pipe, requests, *settings)]
+        base = images("base")
 
     overall = scorer.heads.index("overall")
     captions = [prompt.text for prompt in prompts]
-    rewards = [scorer.score(images, captions, world.evaluate.batch_size)[:, overall] for images in (base, tuned)]
+    rewards = [scorer.score(made, captions, world.evaluate.batch_size)[:, overall] for made in (base, tuned)]
     change = Change(float(rewards[0].mean()), float(rewards[1].mean()), len(prompts))
     rows = [
         {"prompt": prompt.text, "reward_base": float(before), "reward_tuned": float(after)}

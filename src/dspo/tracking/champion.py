@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from dspo.errors import UserError
-from dspo.tracking.server import REFUSALS, patience, reason
+from dspo.tracking.server import REFUSALS, connect, patience, reason
 
 CHAMPION = "champion"
 HISTORY = "champion.history"
@@ -116,13 +116,13 @@ def describe(world: str, champion: ModelVersion | None = None) -> str:
 `dspo promote` makes a version `{CHAMPION}` if the lower end of its gold win rate's interval is above one half;
 `dspo rollback` takes that back."""
     if champion is None:
-        return f"{head}\n\nNo version is `{CHAMPION}` yet."
+        return f"{head}\n\nNo version is `{CHAMPION}` yet. The page of each says how to load it."
     return f"{head}\n\n# {CHAMPION.capitalize()}: version {champion.version}\n\n{champion.description or ''}"
 
 
 def _client(uri: str) -> MlflowClient:
     patience(30, retries=1)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return connect(uri)
 
 
 def _versions(client: MlflowClient, name: str) -> dict[int, ModelVersion]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from dspo.reporting.tables import JUDGES, interval, number
 from dspo.tracking.champion import CHAMPION, model_name
-from dspo.tracking.record import EVALUATE, RunRecord
+from dspo.tracking.record import EVALUATE, EXPERIMENT_NAME, RunRecord
 
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as the description of a run or an experiment
 SAMPLE_GRID = "sample_grid.png"
@@ -28,7 +28,9 @@ as `index.html`. Runs of `dvc exp run` carry its name. Datasets have DVC's md5 a
 
 # The newest run
 
-{describe_run(record, run)}"""
+{describe_run(record, run)}
+
+{_load(record)}"""
 
 
 def describe_run(record: RunRecord, run: str) -> str:
@@ -36,12 +38,12 @@ def describe_run(record: RunRecord, run: str) -> str:
 
 
 def describe_version(record: RunRecord, run: str, experiment: str) -> str:
-    made = f"Made by the run [{run_name(record)}](#/experiments/{experiment}/runs/{run})."
-    return "\n\n".join((_what(record), made, _figures(record), _grid(run), _hashes(record), _load(record)))
+    judged = f"Judged in the run [{run_name(record)}](#/experiments/{experiment}/runs/{run})."
+    return "\n\n".join((_what(record), judged, _figures(record), _grid(run), _hashes(record), _load(record)))
 
 
 def run_name(record: RunRecord) -> str:
-    return record.tags.get("dvc.exp_name") or f"{record.world}-{record.key[:8]}"
+    return record.tags.get(EXPERIMENT_NAME) or f"{record.world}-{record.key[:8]}"
 
 
 def _what(record: RunRecord) -> str:
@@ -103,11 +105,19 @@ def _load(record: RunRecord) -> str:
 ```python
 import mlflow
 
-adapter = mlflow.diffusers.load_model("models:/{model_name(record.world)}@{CHAMPION}")
-pipe = adapter.load_pipeline()
+pipe = mlflow.pyfunc.load_model("models:/{model_name(record.world)}@{CHAMPION}").get_raw_model()
 settings = dict(num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance_scale:g}, {size})
 pipe("PROMPT", **settings).images[0].save("image.png")
-```"""
+```
+
+That is the pipeline that was judged: {_pipeline(record)}."""
+
+
+def _pipeline(record: RunRecord) -> str:
+    base = record.base
+    vae = "" if base["vae"] is None else f", with the VAE `{base['vae']}`"
+    files = "" if base["variant"] is None else f" from the files `{base['variant']}`"
+    return f"`{base['model']}`{files} in {base['dtype']}{vae}, sampled by `{record.sampler.scheduler}`"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +16,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from dspo.tracking.description import NOTE, SAMPLE_GRID, describe_experiment, describe_run, run_name
 from dspo.tracking.record import LAST, Dataset, RunRecord, Series, StageRecord
-from dspo.tracking.registry import register, run_of_version
-from dspo.tracking.server import patience
+from dspo.tracking.registry import register, version_of
+from dspo.tracking.server import ARTIFACTS, connect, patience
 
 Item = TypeVar("Item")
 EXPERIMENT = "dspo"
@@ -26,15 +27,18 @@ PARAMS_PER_CALL, METRICS_PER_CALL, LONGEST_PARAM = 100, 1000, 6000  # MLflow's l
 
 
 class MlflowSink:
-    """``uri``: explicit, absolute. ``first_timeout``: seconds that the server has for its first answer.
+    """``first_timeout``: seconds that the server has for its first answer.
 
-    Every method raises MlflowException or OSError if the server is dead, slow or refuses.
+    Every method raises one of ``REFUSALS`` if the server is dead, slow or refuses.
     """
 
     def __init__(self, uri: str, first_timeout: int) -> None:
         self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._first_timeout = first_timeout
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return connect(self.uri, create=True)
 
     def keys(self) -> set[str]:
         """Keys and contents of the runs that are wholly there. Asks once, without patience."""
@@ -53,12 +57,13 @@ class MlflowSink:
         """
         experiment = self._experiment()
         begun = {run.info.run_id for run in self._runs(experiment, {KEY: record.key})}
-        registered = run_of_version(self._client, record)
-        if registered is None or registered not in begun:
-            for run in begun:
-                self._delete(experiment, run)
-            registered = self._send(experiment, record, folder)
-        self._finish(registered)
+        version = version_of(self._client, record)
+        if version is not None and version.run_id in begun:
+            self._finish(version.run_id)
+            return
+        for run in begun:
+            self._delete(experiment, run)
+        self._finish(self._send(experiment, record, folder))
 
     def _send(self, experiment: str, record: RunRecord, folder: Path) -> str:
         tags = {**record.tags, KEY: record.key, CONTENT: record.content, "world": record.world}
@@ -139,8 +144,9 @@ class MlflowSink:
         found = self._client.get_experiment_by_name(EXPERIMENT)
         if found is not None:
             return str(found.experiment_id)
-        database = self.uri.removeprefix("sqlite:///")
-        place = (Path(database).parent / "mlartifacts").as_uri() if database != self.uri else None
+        uri = self._client.tracking_uri
+        database = uri.removeprefix("sqlite:///")
+        place = (Path(database).parent / ARTIFACTS).as_uri() if database != uri else None
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
 
 

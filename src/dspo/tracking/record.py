@@ -25,6 +25,8 @@ DATASETS = "data/"  # dependencies below it are datasets; others are code, model
 INTERVAL = "ci95"  # [low, high]
 SHOWN = {".json", ".csv", ".png", ".html", ".jsonl"}  # files that people look at; images and weights stay with DVC
 STEP_COLUMNS = ("step", "epoch")
+EXPERIMENT_NAME = "dvc.exp_name"  # tag of a run that `dvc exp run` made
+BASE = ("model", "revision", "variant", "vae", "vae_revision", "dtype")  # parameters that decide what is loaded
 
 Series = list[tuple[int, float]]
 
@@ -51,6 +53,7 @@ class Sampler(NamedTuple):
     """How the judged images were made."""
 
     resolution: int
+    scheduler: str
     steps: int
     guidance_scale: float
 
@@ -78,8 +81,14 @@ class RunRecord:
 
     @property
     def sampler(self) -> Sampler:
-        of = {name: self.training[f"evaluate.sampler.{name}"] for name in ("steps", "guidance_scale")}
-        return Sampler(int(self.training["base.resolution"]), int(of["steps"]), float(of["guidance_scale"]))
+        of = {name: self.training[f"evaluate.sampler.{name}"] for name in ("scheduler", "steps", "guidance_scale")}
+        size = int(self.training["base.resolution"])
+        return Sampler(size, of["scheduler"], int(of["steps"]), float(of["guidance_scale"]))
+
+    @property
+    def base(self) -> dict[str, str | None]:
+        """The base model's parameters; what is null is not among a stage's."""
+        return {name: self.training.get(f"base.{name}") for name in BASE}
 
     @property
     def base_md5(self) -> str | None:

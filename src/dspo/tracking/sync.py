@@ -23,7 +23,7 @@ from dvc.repo import Repo
 from dspo.environment import repository_root, scratch_root, tracking_uri
 from dspo.errors import UserError
 from dspo.tracking.mlflow_sink import MlflowSink
-from dspo.tracking.record import LOCK, RunRecord, collect, experiment_key, read_lock, run_key
+from dspo.tracking.record import EXPERIMENT_NAME, LOCK, RunRecord, collect, experiment_key, read_lock, run_key
 from dspo.tracking.server import REFUSALS, reason
 
 EXPERIMENT_REF = re.compile(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/(\S+)$")
@@ -44,9 +44,9 @@ class Revision:
 
     @property
     def key(self) -> str:
-        if "dvc.exp_name" not in self.tags:
+        if EXPERIMENT_NAME not in self.tags:
             return self.content
-        return experiment_key(self.content, self.tags["dvc.exp_name"], self.tags["dvc.baseline_rev"])
+        return experiment_key(self.content, self.tags[EXPERIMENT_NAME], self.tags["dvc.baseline_rev"])
 
 
 def sync(uri: str | None = None, root: Path | None = None, first_timeout: int = 10) -> list[str]:
@@ -126,7 +126,7 @@ def _experiments(root: Path) -> Iterator[Revision]:
         found = EXPERIMENT_REF.match(ref)
         stages = read_lock(_git(root, "show", f"{commit}:{LOCK}").encode()) if found else None
         if found and stages:
-            names = {"dvc.exp_name": found[3], "dvc.baseline_rev": found[1] + found[2]}
+            names = {EXPERIMENT_NAME: found[3], "dvc.baseline_rev": found[1] + found[2]}
             yield Revision(commit, stages, {"git.commit": commit, "git.dirty": "false", **names})
 
 
