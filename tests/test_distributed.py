@@ -122,12 +122,12 @@ def test_launcher_of_the_environment_starts_the_processes(tmp_path: Path) -> Non
 
 
 STAND_INS = {
-    "dvc": f'''#!/bin/sh
+    "dvc": f"""#!/bin/sh
 exec {sys.executable} -c 'import os
 from dspo.environment import launcher
 command = [*launcher(), "--module", "dspo.stages.train", "--params", "a file"]
 os.execvp(command[0], command)'
-''',
+""",
     "scontrol": "#!/bin/sh\necho node-a\necho node-b\n",
     "srun": '#!/bin/sh\nSLURM_NODEID=3 exec "$@"\n',
     "accelerate": '#!/bin/sh\nprintf "%s\\n" "$@"\n',

@@ -102,8 +102,8 @@ def test_the_models_of_shapes_are_dependencies_of_the_stages_that_load_them() ->
 
 
 def test_a_run_begins_with_the_check_of_the_weights() -> None:
-    made = {path for stage in STAGES for path in outs(stage)}
-    first = {name for name in STAGES if not any(d.startswith(tuple(made)) for d in STAGES[name]["deps"])}
+    made = tuple(f"{path}/" for stage in STAGES for path in outs(stage))
+    first = {name for name in STAGES if not any(f"{path}/".startswith(made) for path in STAGES[name]["deps"])}
     checked = {name for name in STAGES if STAGES[name]["cmd"].startswith("PYTHONPATH=src python -m dspo.weights ")}
     assert checked == first == {"prepare_prompts", "prepare_ratings"}
 
