@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from dspo.data.codecs import encode, encoder
@@ -17,6 +18,7 @@ from dspo.data.images import Pixels, decode_image, read_shards
 from dspo.params import ImageFormat, load_params
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 # What docs/scaling.md promises: the order in which gradients are summed is all that differs.
 ADAPTER_TOLERANCE = 1e-2  # of the learning rate, for each parameter
 LOSS_TOLERANCE = 1e-5  # relative
@@ -117,6 +119,38 @@ def test_launcher_of_the_environment_starts_the_processes(tmp_path: Path) -> Non
     (written,) = (json.loads(path.read_text()) for path in output.iterdir())
     assert written == {"all": [0, 1, 2, 3, 4, 5, 6], "own": [0, 1, 4, 5], "sum": 3.0, "processes": 2}
     assert not list((tmp_path / "scratch").rglob("*.json"))
+
+
+STAND_INS = {
+    "dvc": f"""#!/bin/sh
+exec {sys.executable} -c 'import os
+from dspo.environment import launcher
+command = [*launcher(), "--module", "dspo.stages.train", "--params", "a file"]
+os.execvp(command[0], command)'
+""",
+    "scontrol": "#!/bin/sh\necho node-a\necho node-b\n",
+    "srun": '#!/bin/sh\nSLURM_NODEID=3 exec "$@"\n',
+    "accelerate": '#!/bin/sh\nprintf "%s\\n" "$@"\n',
+}
+
+
+@pytest.mark.parametrize(("start", "processes", "machines"), [("DSPO_LAUNCH=", 8, 1), ("#!/bin/bash", 32, 4)])
+def test_commands_of_the_page_are_ones_that_the_launcher_takes(
+    tmp_path: Path, start: str, processes: int, machines: int
+) -> None:
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    command = page[page.index(start) : page.index("`", page.index(start))]
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.defpath}", "PYTHONPATH": str(ROOT / "src"), "SLURM_JOB_NODELIST": "node-[a-b]"}
+    given = subprocess.run(["bash", "-c", command], env=env, check=True, capture_output=True, text=True).stdout
+    name, *arguments = given.splitlines()
+    parsed = launch_command_parser().parse_args(arguments)
+    assert (name, parsed.num_processes, parsed.multi_gpu, parsed.module) == ("launch", processes, True, True)
+    assert [parsed.training_script, *parsed.training_script_args] == ["dspo.stages.train", "--params", "a file"]
+    if machines > 1:
+        assert (parsed.num_machines, parsed.machine_rank, parsed.main_process_ip) == (machines, 3, "node-a")
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])

@@ -95,6 +95,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path.write_text("")
     for stage in PIPELINE["stages"]:
         (root / f"src/dspo/stages/{stage}.py").write_text(STAND_IN)
+    (root / "src/dspo/weights.py").write_text("")  # all are there
     for package in ("dspo", "dspo/stages"):
         (root / "src" / package / "__init__.py").write_text("")
     write_tables(root)

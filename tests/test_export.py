@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from dspo.params import load_params
 from dspo.preference.dora import WEIGHTS, Adapter, add_dora, add_lora
 
 ROOT = Path(__file__).parents[1]
+FULL = Path("/dev/full")
 CPU = torch.device("cpu")
 WORLD = load_params(ROOT / "params.yaml").worlds["shapes"]
 TRAIN = WORLD.train.model_copy(update={"rank": 4, "alpha": 6})  # alpha is not the rank: readers like to assume it is
@@ -227,6 +229,19 @@ def interrupted(tuned, path):
 def test_a_file_that_is_not_the_tuned_model_is_never_left(writer, error, write, tmp_path):
     with pytest.raises(error):
         write("broken", form=Format(writer, read_diffusers, ".safetensors"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which is Linux's")
+def test_full_disk(write, tmp_path):
+    form = formats()["diffusers"]
+
+    def into_full(tuned, path):
+        path.symlink_to(FULL)
+        return form.write(tuned, path)
+
+    with pytest.raises(UserError, match=r"out/full\.safetensors: cannot be written .*Free some space"):
+        write("full", form=replace(form, write=into_full))
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -26,9 +26,10 @@ from tiny import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from dspo import weights as check_of_weights
 from dspo.check import check_setup
 from dspo.diffusion import files
-from dspo.diffusion.base import load_pipeline, load_text_encoders
+from dspo.diffusion.base import load_pipeline, load_text_encoders, load_vae
 from dspo.errors import UserError
 from dspo.params import BaseModelParams, load_params
 from dspo.preference.dora import add_dora
@@ -152,6 +153,18 @@ def test_what_the_shipped_sdxl_lacks_without_a_network(hub: Path) -> None:
     assert vae.remedy.startswith("hf download madebyollin/sdxl-vae-fp16-fix --revision 207b116d")
     with pytest.raises(UserError, match=r"base\.vae: .*hf download madebyollin/sdxl-vae-fp16-fix"):
         load_pipeline(SHIPPED.base, CPU)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_vae_that_encodes_holds_the_numbers_of_its_file(tmp_path: Path, own: bool) -> None:
+    """Not those numbers rounded to the dtype of the rest."""
+    pipe, vae = tiny_pipeline(), other_vae()
+    pipe.save_pretrained(tmp_path / "base")
+    vae.save_pretrained(tmp_path / "vae")
+    place = None if own else str(tmp_path / "vae")
+    loaded = load_vae(base_params(model=str(tmp_path / "base"), vae=place, dtype="bfloat16"), CPU).state_dict()
+    for name, value in (pipe.vae if own else vae).state_dict().items():
+        assert torch.equal(loaded[name], value) and loaded[name].dtype == torch.float32
 
 
 def without_a_norm(folder: Path) -> None:
@@ -304,6 +317,10 @@ def test_check_names_what_the_sdxl_world_lacks(hub: Path, tmp_path: Path) -> Non
     assert found["reward backbone"].remedy == backbone
     commands = (found["judges"].remedy or "").splitlines()
     assert len(commands) == 7 and "hf download zai-org/ImageReward" in commands[2]
+    with pytest.raises(UserError) as said:
+        check_of_weights.main(["--params", str(tmp_path / "params.yaml")])
+    for remedy in [*(found["base model"].remedy or "").splitlines(), backbone, *commands]:
+        assert f"    {remedy.strip()}\n" in f"{said.value}\n"
 
 
 def test_offline_process_reads_the_cache_of_its_environment(tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_the_models_of_shapes_are_dependencies_of_the_stages_that_load_them() ->
     assert "models/shapes-judge" in STAGES["evaluate"]["deps"]
 
 
+def test_a_run_begins_with_the_check_of_the_weights() -> None:
+    made = tuple(f"{path}/" for stage in STAGES for path in outs(stage))
+    first = {name for name in STAGES if not any(f"{path}/".startswith(made) for path in STAGES[name]["deps"])}
+    checked = {name for name in STAGES if STAGES[name]["cmd"].startswith("PYTHONPATH=src python -m dspo.weights ")}
+    assert checked == first == {"prepare_prompts", "prepare_ratings"}
+
+
 def test_one_module_reads_the_environment() -> None:
     readers = [
         path.relative_to(ROOT / "src/dspo").as_posix()

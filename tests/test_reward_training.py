@@ -1,22 +1,25 @@
 """Training: it learns, it resumes to the same bytes, and what it saves loads as the same scorer."""
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from reward_tiny import flat_image, make_clip, reward_params, write_ratings
 
 from dspo.data.files import read_json, write_json
+from dspo.data.images import ROWS_PER_GROUP, read_table, write_table
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.reward import training
 from dspo.reward.ablation import FULL, PLAIN, ablation_report, markdown, run_trial, variants
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import load_reward, save_reward
-from dspo.reward.dataset import Stems, read_ratings
+from dspo.reward.dataset import SIDES, Stems, read_ratings
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import (
     Trained,
@@ -105,6 +108,26 @@ def test_stems_that_do_not_fit_in_memory_train_the_same(
     _, _, computed = fit(ratings, params)
     for name, tensor in kept.raw.items():
         torch.testing.assert_close(computed.raw[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_images_wait_on_disk(ratings: Path, tmp_path: Path) -> None:
+    random, n = np.random.default_rng(0), 4 * ROWS_PER_GROUP
+    table = read_table(ratings / "train.parquet").slice(0, 1).take([0] * n)
+    sides = [[random.bytes(20_000) for _ in range(n)] for _ in SIDES]
+    sides[1][7] = sides[0][5]
+    for side, images in zip(SIDES, sides, strict=True):
+        table = table.set_column(table.schema.get_field_index(side), side, pa.array(images, pa.binary()))
+    write_table(table, tmp_path / "ratings.parquet")
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    pairs = read_ratings(tmp_path / "ratings.parquet")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = sum(map(len, sides[0] + sides[1]))
+    assert kept + pa.total_allocated_bytes() - before < size / 20 and peak < size / 2
+    assert len(pairs.images) == 2 * n - 1 and pairs.second[7] == pairs.first[5]
+    for rows, images in zip((pairs.first, pairs.second), sides, strict=True):
+        assert [pairs.images[row].as_py() for row in rows] == images
 
 
 def test_a_loss_that_is_no_number_is_an_error(clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
     python tools/smoke_sdxl.py --work scratch/smoke-sdxl --transcript docs/smoke-sdxl.txt
 
 `params.yaml` stays as it is but for the amount of work: two prompts (one to train on, one held out), two candidates
-each, one sampling step, one training step, 256 px. The models are read offline from a cache of the hub below --work,
-which is removed at the end. `--size tiny` runs the same on models of about a million parameters.
+each, one rated pair for each split, one sampling step, one training step, 256 px. The models are read offline from a
+cache of the hub below --work, which is removed at the end. The transcript is written when all went well.
+`--size tiny` runs the same on models of about a million parameters.
 """
 
 import argparse
@@ -34,7 +35,8 @@ STAGES: dict[str, list[str]] = {
         *("--output", "adapter", "--log", "training"),
     ],
 }
-PROMPTS = 8
+SHARES = {"validation_share": 0.3, "test_share": 0.3}
+PROMPTS = [f"a chair, view {number}" for number in range(8)]
 PIXELS = {"full": 256, "tiny": 64}
 
 
@@ -48,18 +50,19 @@ def main() -> None:
     work = args.work.resolve()
     if work.exists():
         sys.exit(f"error: {work} is there already; remove it or give another --work")
-    transcript = Transcript(args.transcript)
+    transcript = Transcript()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended from outside"))  # so that the folder is removed
     try:
         smoke(work, args.params, args.size, transcript)
     finally:
         shutil.rmtree(work)
+    args.transcript.write_text("\n".join([*transcript.lines, ""]), encoding="utf-8")
 
 
 def smoke(work: Path, params: Path, size: str, transcript: "Transcript") -> None:
     work.mkdir(parents=True)
     raw = yaml.safe_load(params.read_text(encoding="utf-8"))
-    write_inputs(work, PIXELS[size])
+    write_inputs(work, PIXELS[size], raw["seed"])
     transcript.say(f"SDXL and ViT-L-14-336, size {size}, random weights, {PIXELS[size]} px; {machine()}")
     start = time.monotonic()
     written = measured(["models", str(work), str(params), size], work)
@@ -85,28 +88,31 @@ def with_little_work(raw: dict[str, Any], pixels: int) -> None:
     raw["world"] = "sdxl"
     world = raw["worlds"]["sdxl"]
     world["base"]["resolution"] = pixels
-    world["prompts"] |= {"validation_share": 0.3, "test_share": 0.3}
-    world["ratings"] |= {"layout": "csv", "validation_share": 0.3, "test_share": 0.3}
-    world["reward"] |= {"batch_size": 4, "warmup_steps": 0}
+    world["prompts"] |= SHARES
+    world["ratings"] |= {"layout": "csv", **SHARES}
+    world["reward"] |= {"batch_size": 1, "warmup_steps": 0}
     world["generate"] |= {"num_prompts": 2, "samplers": [sampler], "candidates_per_sampler": 2, "batch_size": 2}
     world["score"] |= {"margin": 0.0, "max_pairs_per_prompt": 1, "validation_share": 0.5, "batch_size": 2}
     world["train"] |= {"gradient_accumulation_steps": 1, "epochs": 1, "warmup_steps": 0, "validation_prompts": 1}
     world["evaluate"] |= {"sampler": sampler, "batch_size": 1}
 
 
-def write_inputs(work: Path, pixels: int) -> None:
-    """Prompts, and as many rated pairs of noise."""
+def write_inputs(work: Path, pixels: int, seed: int) -> None:
+    """Prompts, and a rated pair of noise for each split."""
     import numpy as np
     from PIL import Image
 
-    prompts = [f"a chair, view {number}" for number in range(PROMPTS)]
-    (work / "prompts.csv").write_text("\n".join(["prompt", *(f'"{prompt}"' for prompt in prompts)]) + "\n")
+    from dspo.data.keys import prompt_id
+    from dspo.data.splits import split_of
+
+    (work / "prompts.csv").write_text("\n".join(["prompt", *(f'"{prompt}"' for prompt in PROMPTS)]) + "\n")
+    rated = {split_of(prompt_id(prompt), seed, **SHARES): prompt for prompt in PROMPTS}
     (work / "rated").mkdir()
     random = np.random.default_rng(0)
     with (work / "rated" / "ratings.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["prompt", "winner", "loser"])
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(rated.values()):
             names = [f"{side}-{number}.png" for side in ("winner", "loser")]
             for name in names:
                 noise = random.integers(0, 256, (pixels, pixels, 3), np.uint8)
@@ -188,17 +194,14 @@ def machine() -> str:
 
 
 class Transcript:
-    """Lines on the terminal and in a file."""
+    """Lines that are said at once, and kept for a file: one of a run that failed would replace a good one."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-        self.path = path
+    def __init__(self) -> None:
+        self.lines: list[str] = []
 
     def say(self, line: str) -> None:
         print(line, flush=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self.lines.append(line)
 
     def row(self, *cells: str) -> None:
         self.say(f"{cells[0]:<18}" + "".join(f"{cell:>18}" for cell in cells[1:]))

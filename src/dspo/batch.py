@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from dspo.data.files import read_json, whole_file, write_json
-from dspo.data.images import encode_png
+from dspo.data.codecs import encoder
+from dspo.data.files import read_json, whole_file, write_bytes, write_json
 from dspo.data.prompts import Prompt
 from dspo.diffusion.base import load_pipeline
 from dspo.diffusion.sampling import SampleRequest, sample
@@ -20,6 +21,8 @@ from dspo.progress import progress
 RUN = "run.json"
 MANIFEST = "manifest.jsonl"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+Encoded = tuple[SampleRequest, "Future[bytes]"]
 
 
 def generate(
@@ -51,10 +54,14 @@ def generate(
     if missing:
         pipe = load_pipeline(base, device())
         pipe.unet = load_adapter(pipe.unet, adapter)
-        for batch in progress(missing, len(missing), f"batches of {batch_size}"):
-            for result in sample(pipe, batch, sampler, base.resolution, seed, batch_size):
-                with whole_file(output / _name(result.request)) as partial:
-                    partial.write_bytes(encode_png(result.image))
+        with encoder("png", base.resolution) as images:
+            waiting: list[Encoded] = []
+            for batch in progress(missing, len(missing), f"batches of {batch_size}"):
+                samples = sample(pipe, batch, sampler, base.resolution, seed, batch_size)
+                encoded = [(one.request, images.submit(one.image)) for one in samples]
+                _write(waiting, output)  # encoded while this batch was sampled
+                waiting = encoded
+            _write(waiting, output)
     rows = [_manifest_row(one, sampler, base.resolution) for one in _requests(prompts, seeds_per_prompt)]
     with whole_file(output / MANIFEST) as partial:
         partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -67,6 +74,11 @@ def missing_batches(
     requests = _requests(prompts, seeds_per_prompt)
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     return [batch for batch in batches if not all((output / _name(request)).exists() for request in batch)]
+
+
+def _write(images: Sequence[Encoded], output: Path) -> None:
+    for request, content in images:
+        write_bytes(content.result(), output / _name(request))
 
 
 def _requests(prompts: Sequence[Prompt], seeds_per_prompt: int) -> list[SampleRequest]:

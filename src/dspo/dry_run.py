@@ -43,7 +43,6 @@ def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_p
     base = load_base(world.base)
     adapter = with_adapter(base, world.train)
     trained = sum(parameter.numel() for parameter in adapter.parameters.values())
-    weights = base.size - trained * FLOAT32  # of the base alone; the adapter is in its UNet by now
     reward = parameter_bytes(build_model(reward_params(reward_folder), params.seed, META))
 
     pairs, held_out = pair_counts(prompts, world, params.seed)
@@ -54,8 +53,17 @@ def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_p
 
     averages = 0 if world.train.ema_decay is None else 1
     copies = trained * FLOAT32 * (ADAM + averages + 2)  # the last checkpoint's and the best epoch's adapter
+    # The base's size has the adapter in it by now. In a step all but the UNet waits in host memory.
     step = training_peak(adapter, base, world.train, world.base.resolution)
-    sampled = sampling_peak(base, world.base.resolution, max(world.generate.batch_size, world.evaluate.batch_size))
+    generated, checking = (
+        base.size + reward + sampling_peak(base, world.base.resolution, part.batch_size)
+        for part in (world.generate, world.evaluate)
+    )
+    memory = {
+        "candidates": generated - trained * FLOAT32,
+        "a training step": parameter_bytes(base.unet) + copies + step,
+        "a reward check": checking + copies,
+    }
     image, latent = image_bytes(world.base), latent_bytes(world.base)
     disk = {
         "candidates": candidates * (image + latent),
@@ -74,9 +82,8 @@ def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_p
             "steps": f"at most {per_epoch * world.train.epochs}: {world.train.epochs} epochs of {per_epoch}",
             "parameters": f"{trained:,} to train in {len(adapter.layers)} layers; "
             f"the UNet has {parameter_count(base.unet) - trained:,}",
-            "memory": f"about {size(weights + reward + trained * FLOAT32 + copies + max(step, sampled))}: base model "
-            f"{size(weights)}, reward model {size(reward)}, adapter with optimizer and copies "
-            f"{size(trained * FLOAT32 + copies)}, at the peak of a step {size(step)} or of sampling {size(sampled)}",
+            "memory": f"about {size(max(memory.values()))}, weights included: "
+            + ", ".join(f"{phase} {size(value)}" for phase, value in memory.items()),
             "disk": f"at most {size(sum(disk.values()))}: "
             + ", ".join(f"{name} {size(value)}" for name, value in disk.items()),
         },

@@ -52,11 +52,12 @@ def load_text_encoders(base: BaseModelParams, device: torch.device) -> StableDif
 
 def load_vae(base: BaseModelParams, device: torch.device) -> AutoencoderKL:
     """The base model's VAE alone, in float32: what is encoded once and trained on for long is worth the bits."""
+    base = base.model_copy(update={"dtype": "float32"})
     replaced = {} if base.vae is None else {"vae": _load_vae(base)}
     vae = _ready(_load(base, unet=None, text_encoder=None, text_encoder_2=None, **replaced), device).vae
     if base.resolution >= LARGE:
         vae.enable_slicing()
-    return vae.to(torch.float32)
+    return vae
 
 
 def local_files(base: BaseModelParams) -> list[Path]:

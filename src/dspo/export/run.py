@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from dspo.data.files import disk_errors, sync
@@ -72,6 +73,8 @@ def export(base: BaseModelParams, adapter: Path, format: Format, output: Path, d
                 sync(path)
             os.rename(work / output.name, output)
             sync(output.parent)
+    except SafetensorError as error:  # its writer says so of a full disk too
+        raise UserError(f"{output}: cannot be written ({error}). Free some space and run again.") from None
     finally:
         _remove(work)
     paths = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]

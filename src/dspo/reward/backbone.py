@@ -104,12 +104,15 @@ class Backbone(nn.Module):
 
         As open_clip's evaluation transform: bicubic to the shorter side, centre crop, the model's mean and deviation.
         """
-        size = int(self.clip.visual.image_size[0])
-        pixels = torch.from_numpy(np.stack([_resize(image, size) for image in images])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack([self.resize(image) for image in images])).permute(0, 3, 1, 2)
         statistics = self.clip.visual.preprocess_cfg
         mean = torch.tensor(statistics["mean"]).view(1, 3, 1, 1)
         std = torch.tensor(statistics["std"]).view(1, 3, 1, 1)
         return (pixels.float() / 255 - mean) / std
+
+    def resize(self, image: Pixels) -> Pixels:
+        """The middle of an image at the backbone's size, uint8 [size, size, 3]; one of that size stays as it is."""
+        return _resize(image, int(self.clip.visual.image_size[0]))
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Token ids [batch, length], cut to the longest caption of the batch (attention is causal)."""

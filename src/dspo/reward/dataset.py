@@ -1,21 +1,32 @@
-"""Rated pairs in memory: every distinct image and caption once, pairs as row numbers."""
+"""Rated pairs: every distinct image and caption once, pairs as row numbers. Images wait on disk, encoded."""
 
+import hashlib
+import mmap
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspo.data.images import decode_image, read_table
+from dspo.data.files import disk_errors
+from dspo.data.images import ROWS_PER_GROUP, Pixels, decode_image, open_parquet
 from dspo.data.records import HEADS, RATINGS
+from dspo.environment import processes, scratch_root
 from dspo.errors import UserError
 from dspo.params import Dtype
 from dspo.reward.backbone import Backbone
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+SIDES = ("jpg_0", "jpg_1")
+IMAGES = pa.schema([("image", pa.binary())])
 
 STEM_BATCH = 64
 # Stem outputs are kept in memory up to this size; a larger set computes them again in every batch.
@@ -24,7 +35,7 @@ STEM_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class RatedPairs:
-    images: list[bytes]  # distinct, encoded
+    images: pa.ChunkedArray  # distinct, encoded; a file mapped into memory
     captions: list[str]  # distinct
     first: Rows  # [n_pairs] row of `images`
     second: Rows
@@ -49,11 +60,16 @@ class RatedPairs:
 
 
 def read_ratings(path: Path) -> RatedPairs:
-    """Read one split of the ratings. Raises :class:`UserError` if it is damaged, empty or holds impossible labels."""
-    table = read_table(path, RATINGS.names)
-    if table.num_rows == 0:
-        raise UserError(f"{path}: no rated pairs; lower the shares of the other splits or add ratings")
-    column = {name: table.column(name).to_pylist() for name in ("jpg_0", "jpg_1", "caption", "prompt_id", "source")}
+    """Read one split of the ratings; of its images memory holds those in use.
+
+    Raises :class:`UserError` if it is damaged, empty or holds impossible labels, or if the disk is full.
+    """
+    with open_parquet(path, RATINGS.names) as file:
+        if file.metadata.num_rows == 0:
+            raise UserError(f"{path}: no rated pairs; lower the shares of the other splits or add ratings")
+        table = file.read(columns=[name for name in RATINGS.names if name not in SIDES])
+        images, (first, second) = _distinct_images(file)
+    column = {name: table.column(name).to_pylist() for name in ("caption", "prompt_id", "source")}
     numbers = {
         name: np.array(table.column(name).to_pylist(), dtype=np.float64)
         for name in ("label_0", "p_first", *(f"y_{head}" for head in HEADS))
@@ -62,13 +78,12 @@ def read_ratings(path: Path) -> RatedPairs:
         wrong = np.flatnonzero((values < 0) | (values > 1))
         if len(wrong):
             raise UserError(f"{path}: row {wrong[0]}: {name} is {values[wrong[0]]}, expected a share in [0, 1]")
-    image_row: dict[bytes, int] = {}
     caption_row: dict[str, int] = {}
     return RatedPairs(
-        first=np.array([image_row.setdefault(image, len(image_row)) for image in column["jpg_0"]]),
-        second=np.array([image_row.setdefault(image, len(image_row)) for image in column["jpg_1"]]),
+        images=images,
+        first=first,
+        second=second,
         caption=np.array([caption_row.setdefault(caption, len(caption_row)) for caption in column["caption"]]),
-        images=list(image_row),
         captions=list(caption_row),
         shares=np.stack([numbers[f"y_{head}"] for head in HEADS], axis=1),
         vote=numbers["label_0"],
@@ -79,6 +94,34 @@ def read_ratings(path: Path) -> RatedPairs:
     )
 
 
+def _distinct_images(file: pq.ParquetFile) -> tuple[pa.ChunkedArray, list[Rows]]:
+    """The distinct images of a ratings file, and for both sides each pair's row among them.
+
+    Parquet gives whole row groups alone, so the images are copied once to a file that gives them one by one. It has no
+    name and goes with the process.
+    """
+    row_of: dict[bytes, int] = {}
+    sides: list[Rows] = []
+    scratch = scratch_root()
+    scratch.mkdir(parents=True, exist_ok=True)
+    with disk_errors(scratch), tempfile.TemporaryFile(dir=scratch) as copy:
+        with pa.ipc.new_file(copy, IMAGES) as writer:
+            for side in SIDES:
+                rows: list[int] = []
+                for batch in file.iter_batches(ROWS_PER_GROUP, columns=[side]):
+                    new = []
+                    for image in batch[side].to_pylist():
+                        known = len(row_of)
+                        rows.append(row_of.setdefault(hashlib.sha256(image).digest(), known))
+                        if rows[-1] == known:
+                            new.append(image)
+                    writer.write_batch(pa.record_batch([pa.array(new, pa.binary())], schema=IMAGES))
+                sides.append(np.array(rows))
+        copy.flush()
+        mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()["image"], sides
+
+
 class Stems:
     """Outputs of the backbone's frozen part for a set's images and captions, computed once where they fit."""
 
@@ -87,6 +130,7 @@ class Stems:
         self.pairs = pairs
         self.dtype = dtype
         self.device = backbone.clip.logit_scale.device
+        self._threads = ThreadPoolExecutor(processes())
         self.ids = backbone.tokenize(pairs.captions)
         one = self._image_stems(np.array([0]))
         fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
@@ -108,9 +152,14 @@ class Stems:
         return torch.cat([self._image_stems(np.arange(i, min(i + STEM_BATCH, last))) for i in batches])
 
     def _image_stems(self, rows: Rows) -> Tensor:
-        images = [decode_image(self.pairs.images[row], f"{self.pairs.path}: distinct image {row}") for row in rows]
+        images = list(self._threads.map(self._image, rows.tolist()))
         with autocast(self.device, self.dtype):
             return self.backbone.image_stem(self.backbone.preprocess(images).to(self.device))
+
+    def _image(self, row: int) -> Pixels:
+        """Decoded and of the backbone's size: PIL works outside of Python's lock."""
+        image = decode_image(self.pairs.images[row].as_py(), f"{self.pairs.path}: distinct image {row}")
+        return self.backbone.resize(image)
 
 
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:
