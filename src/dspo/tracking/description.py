@@ -105,7 +105,8 @@ def _load(record: RunRecord) -> str:
 ```python
 import mlflow
 
-pipe = mlflow.pyfunc.load_model("models:/{model_name(record.world)}@{CHAMPION}").get_raw_model()
+model = mlflow.pyfunc.load_model("models:/{model_name(record.world)}@{CHAMPION}")
+pipe = model.get_raw_model()
 settings = dict(num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance_scale:g}, {size})
 pipe("PROMPT", **settings).images[0].save("image.png")
 ```
