@@ -1,6 +1,7 @@
 """Exports as their users load them: by diffusers' and peft's own loaders, on a base that this project did not touch."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,6 @@ from dspo.params import load_params
 from dspo.preference.dora import WEIGHTS, Adapter, add_dora, add_lora
 
 ROOT = Path(__file__).parents[1]
-FULL = Path("/dev/full")
 CPU = torch.device("cpu")
 WORLD = load_params(ROOT / "params.yaml").worlds["shapes"]
 TRAIN = WORLD.train.model_copy(update={"rank": 4, "alpha": 6})  # alpha is not the rank: readers like to assume it is
@@ -232,16 +232,20 @@ def test_a_file_that_is_not_the_tuned_model_is_never_left(writer, error, write, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which is Linux's")
-def test_full_disk(write, tmp_path):
+def test_a_disk_that_takes_no_more(write, tmp_path):
+    """A limit on a file's size stands in for it: safetensors' own writer meets the system's error."""
     form = formats()["diffusers"]
 
-    def into_full(tuned, path):
-        path.symlink_to(FULL)
-        return form.write(tuned, path)
+    def on_little_room(tuned, path):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            return form.write(tuned, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with pytest.raises(UserError, match=r"out/full\.safetensors: cannot be written .*Free some space"):
-        write("full", form=replace(form, write=into_full))
+        write("full", form=replace(form, write=on_little_room))
     assert list((tmp_path / "out").iterdir()) == []
 
 
