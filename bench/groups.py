@@ -16,7 +16,7 @@ from dspo.params import SamplerParams, TrainParams
 
 PAIRS_PER_STEP = 4
 
-ADAPTERS: dict[str, tuple[Callable[..., Any], bool]] = {  # whether it runs under autocast, where the base is bfloat16
+ADAPTERS: dict[str, tuple[Callable[..., Any], bool]] = {  # whether it runs as peft's users run it
     "lora": (plain_lora, False),
     "lora, peft": (peft_lora, True),
     "dora, peft": (PeftDora, True),
@@ -33,8 +33,8 @@ def adapters(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterat
     for micro_batch, pairs, checkpointing in ((size.adapter_micro_batch, PAIRS_PER_STEP, False), (1, 1, True)):
         params = settings(size, micro_batch, pairs, checkpointing)
         cases = [matrix_product(size.matrix_side, size.dtype, device)]
-        for name, (put, autocast) in ADAPTERS.items():
-            ours = Ours(pipe, params, size.resolution, put, autocast)
+        for name, (put, as_peft) in ADAPTERS.items():
+            ours = Ours(pipe, params, size.resolution, put, as_peft)
             labels = {"group": "adapter", "variant": name, **described(params, size.resolution)}
             cases.append(Case(labels, ours.step, ours.tensors))
         yield from measure(cases, rounds, device)

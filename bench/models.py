@@ -132,7 +132,10 @@ def _random_reward_model(params: RewardParams, device: torch.device) -> RewardMo
     return RewardModel(backbone, params).to(device).eval()
 
 
-def with_shared_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A UNet to put an adapter into, with the weights of ``unet`` and no copy of them."""
-    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    return copy.deepcopy(unet, shared)
+def with_shared_weights(unet: UNet2DConditionModel, own_convolutions: bool = False) -> UNet2DConditionModel:
+    """A UNet to put an adapter into, with the weights of ``unet`` and no copy of them.
+
+    ``own_convolutions``: but for the weights of convolutions, whose order in memory the training changes.
+    """
+    tensors = (*unet.parameters(), *unet.buffers())
+    return copy.deepcopy(unet, {id(t): t for t in tensors if not (own_convolutions and t.ndim == 4)})

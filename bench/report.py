@@ -38,8 +38,8 @@ def write(folder: Path, machine: Row, rows: Sequence[Row]) -> Path:
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Ratios of medians within the run; ``spread`` holds the smallest and largest ratio of a single round.
 
-    Where a baseline has two forms, ours stands beside the better of them. A figure whose rows did not fit into memory
-    is None.
+    Where a baseline has two forms, ours stands beside the better of them; peft's DoRA beside peft's LoRA. A figure
+    whose rows did not fit into memory is None.
     """
     rows = [row for row in rows if "seconds" in row]
     adapters = [row for row in rows if row["group"] == "adapter"]
@@ -50,7 +50,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     rate = matrix["flops"] / median(matrix["seconds"])
 
     lora = best(plain, LORA, time)
-    ours, peft = plain.get("dora, ours"), plain.get("dora, peft")
+    ours, peft, peft_lora = (plain.get(name) for name in ("dora, ours", "dora, peft", "lora, peft"))
     stock = min((row for row in recipes if row["variant"] in STOCK), key=time, default=None)
     fast = min((row for row in recipes if row["variant"] == "ours"), key=time, default=None)
     one_sided = min((row for row in recipes if row["variant"] == "ours, loss dspo"), key=time, default=None)
@@ -63,14 +63,14 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "matrix_rate_share": ours and ours_share(ours, plain["lora"], rate),
         "peak_memory_gb": small and small["memory_gb"],
         "pairs_per_second": fast and fast["pairs"] / time(fast),
-        "peft_dora_vs_lora_time": ratio(time, peft, lora),
-        "peft_dora_vs_lora_memory": ratio(memory, small_peft, lean),
+        "peft_dora_vs_lora_time": ratio(time, peft, peft_lora),
+        "peft_dora_vs_lora_memory": ratio(memory, small_peft, checkpointed.get("lora, peft")),
         "dora_vs_lora_memory_without_checkpointing": ratio(memory, ours, best(plain, LORA, memory)),
         "one_sided_step_vs_stock": ratio(time, stock, one_sided),
         "matrix_tflops": rate / 1e12,
         "spread": {
             "dora_vs_lora_time": spread(ours, lora),
-            "peft_dora_vs_lora_time": spread(peft, lora),
+            "peft_dora_vs_lora_time": spread(peft, peft_lora),
             "step_vs_stock": spread(stock, fast),
         },
     }

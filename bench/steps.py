@@ -18,11 +18,12 @@ from dspo.params import TrainParams
 from dspo.preference.dataset import Pairs, training_draw
 from dspo.preference.dora import NAME, Adapter, add_dora, add_lora
 from dspo.preference.losses import Predictions, Strength, pair_losses, shared_terms
-from dspo.preference.method import Method
+from dspo.preference.method import Method, prepare
 from dspo.preference.schedule import NoiseSchedule
 from dspo.preference.trainer import make_optimizer
 
 SEED = 0
+COMPILED_CASES = 16  # torch counts the graphs of all cases together
 PROMPTS = [f"a {colour} {thing}, {how}" for colour in ("red", "blue") for thing in ("fox", "cup", "ship", "house")
            for how in ("oil on canvas", "a photograph at dusk")]  # fmt: skip
 
@@ -90,7 +91,11 @@ def our_dora(unet: UNet2DConditionModel, params: TrainParams) -> Adapter:
 
 
 class Ours:
-    """The steps of :func:`dspo.preference.trainer.train` over cached latents and text, with any adapter."""
+    """The steps of :func:`dspo.preference.trainer.train` over cached latents and text, with any adapter.
+
+    ``as_peft``: as peft's own layers need it, under autocast, since their A and B are float32; and as they are used,
+    neither compiled nor with another order of the weights.
+    """
 
     def __init__(
         self,
@@ -98,14 +103,16 @@ class Ours:
         params: TrainParams,
         resolution: int,
         put: Callable[[UNet2DConditionModel, TrainParams], Any],
-        autocast: bool = False,  # as peft's own layers need it, whose A and B are float32
+        as_peft: bool = False,
     ) -> None:
-        self.params, self.autocast = params, autocast
-        self.unet = with_shared_weights(pipe.unet)
+        self.params, self.as_peft = params, as_peft
+        self.unet = with_shared_weights(pipe.unet, own_convolutions=not as_peft)
         self.adapter = put(self.unet, params)
         schedule = NoiseSchedule.of(pipe.scheduler, self.unet.device)
         self.method = Method(self.adapter, schedule, params, permute_k=False)
-        if params.gradient_checkpointing:
+        if not as_peft:
+            prepare(self.unet, params, COMPILED_CASES)
+        elif params.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.optimizer = make_optimizer(self.adapter, params)
         self.pairs = _pairs(pipe, params.batch_size * params.gradient_accumulation_steps, resolution)
@@ -133,7 +140,7 @@ class Ours:
         draws = [
             training_draw(self.pairs, row, SEED, self.count, timesteps, self.params.prompt_dropout) for row in rows
         ]
-        with autocast(self.unet) if self.autocast else nullcontext():
+        with autocast(self.unet) if self.as_peft else nullcontext():
             losses, _ = self.method.losses(self.method.batch(self.pairs, draws), self.method.needs)
         return losses
 
@@ -249,7 +256,7 @@ def _pairs(pipe: StableDiffusionXLPipeline, n: int, resolution: int) -> Pairs:
         latents_l=losers,
         weight=torch.ones(n),
         delta=torch.ones(n),
-        size=torch.full((n, 2), float(resolution)),
+        size=torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * n, dtype=torch.float32),
         text_row=torch.arange(n) % len(PROMPTS),
         embeds=torch.stack([one.embeds for one in text]).cpu(),
         pooled=torch.stack([one.pooled for one in text]).cpu(),

@@ -19,7 +19,7 @@ from dspo.errors import UserError
 from dspo.params import TrainParams, load_params
 from dspo.preference import trainer
 from dspo.preference.dataset import Batch, epoch_order, make_batch, training_draw
-from dspo.preference.dora import Adapter, add_dora, add_lora, load_adapter
+from dspo.preference.dora import Adapter, FastDora, add_dora, add_lora, load_adapter
 from dspo.preference.schedule import NoiseSchedule
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
@@ -130,6 +130,42 @@ def test_outputs_and_gradients_are_those_of_stock_peft(training: bool) -> None:
     for name, parameter in adapter.parameters.items():
         gradient = expected[name].grad
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=2e-5 * gradient.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_in_bfloat16_are_no_further_from_the_truth_than_those_of_stock_peft(bias: bool) -> None:
+    """The truth: float32 over the same values. A layer over many tokens, since a whole UNet's error is mostly luck."""
+    g = torch.Generator().manual_seed(1)
+    W, b, x, d_out, A, B, m = (
+        torch.randn(*shape, generator=g).bfloat16()
+        for shape in [(48, 64), (48,), (8192, 64), (8192, 48), (4, 64), (48, 4), (48,)]
+    )
+
+    def gradients(dtype: torch.dtype, fast: bool) -> list[torch.Tensor]:
+        linear = torch.nn.Linear(64, 48, bias=bias, dtype=dtype)
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_dora=True)
+        model = get_peft_model(torch.nn.Sequential(linear), config)
+        layer = model.base_model.model[0]
+        parameters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        parameters.append(layer.lora_magnitude_vector["default"].weight)
+        with torch.no_grad():
+            linear.weight.copy_(W / 8)
+            if bias:
+                linear.bias.copy_(b)
+            for parameter, value in zip(parameters, (A / 8, B / 8, 1 + m / 20), strict=True):
+                parameter.copy_(value)
+        if fast:
+            layer.lora_variant["default"] = FastDora(layer, exact_dropout=False)
+            layer.cast_input_dtype_enabled = False
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and not fast):
+            model(x.to(dtype)).backward(d_out.to(dtype))
+        return [parameter.grad for parameter in parameters]
+
+    truth = gradients(torch.float32, fast=False)
+    ours, theirs = gradients(torch.bfloat16, fast=True), gradients(torch.bfloat16, fast=False)
+    for exact, own, stock in zip(truth, ours, theirs, strict=True):
+        print((own - exact).norm()/exact.norm(), (stock - exact).norm()/exact.norm())
+        assert (own - exact).norm() <= 1.05 * (stock - exact).norm()
 
 
 def test_exact_dropout_is_that_of_stock_peft() -> None:

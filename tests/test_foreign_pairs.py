@@ -24,10 +24,11 @@ from dspo.cli import app
 from dspo.data.keys import prompt_id
 from dspo.data.prompts import Prompt, write_split
 from dspo.data.records import HEADS, PAIRS
-from dspo.diffusion.encoding import fit
+from dspo.diffusion.encoding import bucket, fit
 from dspo.errors import UserError
 from dspo.params import load_params
 from dspo.preference.dataset import load_pairs
+from dspo.preference.trainer import micro_batches
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import load_reward, save_reward
 from dspo.reward.model import build_model
@@ -172,13 +173,29 @@ def test_rows(folder, models):
     assert not held_out & set(tables["train"]["prompt_id"].to_pylist())
 
 
-def test_fit_takes_the_middle_square():
+def test_fit_takes_the_middle():
     image = np.zeros((10, 30, 3), np.uint8)
     image[:, 10:20] = 200
-    assert (fit(image, 10) == 200).all()
-    assert (fit(image, 40)[:, 2:-2] > 150).all()
-    upright = fit(image.transpose(1, 0, 2), 10)
-    assert (upright == 200).all()
+    square = fit(image, 10, 10)
+    assert (square.pixels == 200).all()
+    assert square.time_ids == (10, 30, 0, 10, 10, 10)
+    large = fit(image, 40, 40)
+    assert (large.pixels[:, 2:-2] > 150).all()
+    assert large.time_ids == (10, 30, 0, 40, 40, 40)
+    upright = fit(image.transpose(1, 0, 2), 10, 10)
+    assert (upright.pixels == 200).all()
+    assert upright.time_ids == (30, 10, 10, 0, 10, 10)
+    assert [one.enlarged for one in (square, large, upright)] == [False, True, False]
+
+
+def test_buckets_are_sizes_that_sdxl_was_trained_on():
+    sizes = {aspect: bucket(aspect, 1024) for aspect in (1, 1.1, 3 / 2, 2 / 3, 16 / 9, 9 / 16, 10)}
+    assert list(sizes.values()) == [
+        (1024, 1024), (960, 1088), (832, 1216), (1216, 832), (768, 1344), (1344, 768), (512, 2048),
+    ]  # fmt: skip
+    assert len({bucket(1.01**n, 1024) for n in range(-200, 200)}) == 17
+    assert bucket(3 / 2, 512) == (416, 608)
+    assert bucket(3 / 2, 8) == (8, 8)
 
 
 def test_reward_model_fills_scores_and_calibrated_rewards(folder, models):
@@ -198,10 +215,20 @@ def test_reward_model_fills_scores_and_calibrated_rewards(folder, models):
     assert json.loads((output / "summary.json").read_text())["untrained_heads"] == ["detail"]
 
 
-def test_training_takes_them(folder, models):
-    output = bring(as_csv(folder / "set", sample_pairs()))
+def test_training_takes_them_in_their_own_shapes(folder, models):
+    """Squares, and pairs of a wide winner and a loser that is a little wider."""
+    wide = [(f"wide {n}", noise(n, 80, 50), noise(100 + n, 60, 35)) for n in range(COUNT // 2)]
+    output = bring(as_csv(folder / "set", [*sample_pairs()[: COUNT // 2], *wide]))
     pairs, held_out = load_pairs(output)
     assert (len(pairs), len(held_out), set(pairs.delta.tolist())) == (6, 2, {1.0})
+    rows = [row for name in ("train", "validation") for row in pq.read_table(output / f"{name}.parquet").to_pylist()]
+    sizes = {row["caption"][:4]: (row["height"], row["width"], row["latent_shape"], row["time_ids"]) for row in rows}
+    assert sizes == {
+        "prom": (32, 32, [4, 4, 4], [32, 32, 0, 0, 32, 32]),
+        "wide": (24, 40, [4, 3, 5], [50, 80, 0, 0, 24, 40]),
+    }
+    shapes = {tuple(pairs.size[row].tolist()): pairs.latent_size(row) for row in range(len(pairs))}
+    assert shapes == {(32, 32, 0, 0, 32, 32): (4, 4), (50, 80, 0, 0, 24, 40): (3, 5)}
     write_split([Prompt(prompt_id("new"), "new")], folder / "validation.csv")
     arguments = {
         "params": "params.yaml", "pairs": output, "reward": models / "reward",
@@ -210,7 +237,8 @@ def test_training_takes_them(folder, models):
     train.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
     PeftModel.from_pretrained(tiny_unet(), folder / "adapter")
     metrics = json.loads((folder / "log" / "metrics.json").read_text())
-    assert (metrics["pairs"], metrics["held_out_pairs"], metrics["steps"]) == (6, 2, 2)
+    batches = micro_batches(pairs, load_params(folder / "params.yaml").active.train, 0, 0)
+    assert (metrics["pairs"], metrics["held_out_pairs"], metrics["steps"]) == (6, 2, len(batches))
 
 
 def test_weights_of_a_csv_reach_training(folder):

@@ -52,7 +52,7 @@ def made_up_pairs(count: int) -> Pairs:
         latents_l=torch.randn(count, 4, 4, 4, generator=draw).half(),
         weight=torch.ones(count),
         delta=torch.linspace(0.1, 0.9, count),
-        size=torch.full((count, 2), 32.0),
+        size=torch.tensor([[32.0, 32, 0, 0, 32, 32]]).repeat(count, 1),
         text_row=torch.arange(count) % 2,
         embeds=torch.randn(3, TOKENS, 2 * TEXT_WIDTH, generator=draw),
         pooled=torch.randn(3, TEXT_WIDTH, generator=draw),

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeline
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspo.data.images import write_table
 from dspo.data.records import PAIRS
+from dspo.diffusion import compiled as compiled_module
+from dspo.diffusion.compiled import compile_blocks
 from dspo.errors import UserError
 from dspo.params import LossName, TrainParams, load_params
 from dspo.preference import trainer
@@ -70,7 +74,7 @@ def make_pairs(n: int, seed: int = 0) -> Pairs:
         latents_l=(0.8 * torch.randn(n, 4, 4, 4, generator=g) - 0.5).half(),
         weight=torch.linspace(0.5, 1.5, n),
         delta=torch.rand(n, generator=g),
-        size=torch.tensor([[32.0, 32.0]]).repeat(n, 1),
+        size=torch.tensor([[32.0, 32, 0, 0, 32, 32]]).repeat(n, 1),
         text_row=torch.arange(n) % 2,
         embeds=torch.randn(3, TOKENS, 2 * TEXT_WIDTH, generator=g),
         pooled=torch.randn(3, TEXT_WIDTH, generator=g),
@@ -167,7 +171,7 @@ def test_share_of_checkpointed_blocks_is_what_runs_twice() -> None:
         adapter, schedule = make_adapter(p)
         if share is None:
             adapter.unet.enable_gradient_checkpointing()  # all, by diffusers itself
-        prepare(adapter.unet, p)
+        prepare(adapter.unet, p, 1)
         passes = []
         for name, block in adapter.unet.named_modules():
             if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
@@ -242,7 +246,7 @@ def test_eight_bit_optimizer_trains_and_resumes(tmp_path: Path) -> None:
     large = {"rank": 64, "epochs": 2}  # small tensors keep whole moments
     plain = run(params(**large), tmp_path / "plain")
     trained = run(params(**large, optimizer="adamw8bit"), tmp_path / "whole")
-    moments = load_checkpoint(tmp_path / "whole" / CHECKPOINT, plain.adapter, CPU).optimizer["state"].values()
+    moments = load_checkpoint(tmp_path / "whole" / CHECKPOINT, plain.adapter).optimizer["state"].values()
     assert any("8bit" in type(one["exp_avg"]).__name__ for one in moments)
     for name, tensor in trained.adapter.items():
         torch.testing.assert_close(tensor, plain.adapter[name], rtol=0, atol=6e-3)  # of at most 6 steps of 1e-3
@@ -255,21 +259,44 @@ def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest
     """As on a GPU: there `train.compile` does it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    options = {"loss": "dpo", "epochs": 2, "batch_size": 2, "dropout": 0.0, "gradient_checkpointing": 0.5}
+    options = {"loss": "dpo", "epochs": 1, "batch_size": 2, "dropout": 0.0, "gradient_checkpointing": 0.5}
     plain = run(params(**options), tmp_path / "plain", n=6)
 
-    def prepare_compiled(unet: UNet2DConditionModel, p: TrainParams) -> None:
-        prepare(unet, p)
-        unet.compile_repeated_blocks()
+    def prepare_compiled(unet: UNet2DConditionModel, p: TrainParams, latent_sizes: int) -> None:
+        prepare(unet, p, latent_sizes)
+        compile_blocks(unet, latent_sizes)
 
     monkeypatch.setattr(trainer, "prepare", prepare_compiled)
-    compiled = run(params(**options), tmp_path / "compiled", n=6)
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):  # a user's, or torch's own
+        compiled = run(params(**options), tmp_path / "compiled", n=6)
     for a, b in zip(compiled.log, plain.log, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
-    counters = torch._dynamo.utils.counters
-    assert not counters["graph_break"]
-    assert 0 < counters["stats"]["unique_graphs"] <= 6  # for all blocks together
+    # For all blocks together: the reference, the policy on held-out pairs, the policy with gradient.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_each_latent_size_has_a_graph_of_its_own_and_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = partialmethod(UNet2DConditionModel.compile_repeated_blocks, backend="eager")
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", eager)
+    monkeypatch.setattr(compiled_module, "GRAPHS_PER_LATENT_SIZE", 1)
+    adapter, schedule = make_adapter(params())
+    method = Method(adapter, schedule, params(), False)
+
+    def predict_at(side: int) -> None:
+        latents = torch.zeros(1, 4, side, side, dtype=torch.float16)
+        pairs = replace(make_pairs(1), latents_w=latents, latents_l=latents)
+        predict_reference(adapter, method.batch(pairs, [Draw(0, 1, 0)]))
+
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        compile_blocks(adapter.unet, latent_sizes=2)
+        for side in (4, 8, 4):
+            predict_at(side)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        with pytest.raises(FailOnRecompileLimitHit):
+            predict_at(12)
 
 
 def pairs_of_two_shapes() -> Pairs:
@@ -441,7 +468,7 @@ def test_draws_depend_on_the_pair_and_not_on_its_place() -> None:
 
 def test_winner_and_loser_share_noise_and_timestep() -> None:
     pairs, schedule = make_pairs(3), make_adapter(params())[1]
-    pairs = replace(pairs, size=torch.tensor([[40.0, 48.0]]).repeat(3, 1))
+    pairs = replace(pairs, size=torch.tensor([[80.0, 96, 4, 0, 40, 48]]).repeat(3, 1))
     batch = make_batch(pairs, [Draw(1, 300, 5), Draw(2, 10, 6, drop_prompt=True)], schedule, torch.float32, CPU)
     assert torch.equal(batch.target_w, batch.target_l)
     a = schedule.alphas_cumprod[batch.t].view(-1, 1, 1, 1)
@@ -449,7 +476,7 @@ def test_winner_and_loser_share_noise_and_timestep() -> None:
         torch.testing.assert_close(noisy, a.sqrt() * latents[1:].float() + (1 - a).sqrt() * batch.target_w)
     assert torch.equal(batch.embeds, torch.stack([pairs.embeds[1], pairs.embeds[-1]]))
     assert torch.equal(batch.pooled, torch.stack([pairs.pooled[1], pairs.pooled[-1]]))
-    assert batch.time_ids.tolist() == [[40, 48, 0, 0, 40, 48]] * 2
+    assert batch.time_ids.tolist() == [[80, 96, 4, 0, 40, 48]] * 2
 
 
 def test_held_out_draws_cover_the_quartiles() -> None:
@@ -494,7 +521,7 @@ def test_checkpoint_of_another_adapter_is_a_users_mistake(tmp_path: Path) -> Non
 def test_checkpoint_loads_without_running_code(tmp_path: Path) -> None:
     trained = run(params(epochs=1, ema_decay=0.9), tmp_path)
     assert isinstance(torch.load(tmp_path / CHECKPOINT, weights_only=True), dict)
-    state = load_checkpoint(tmp_path / CHECKPOINT, trained.adapter, CPU)
+    state = load_checkpoint(tmp_path / CHECKPOINT, trained.adapter)
     assert state.step == trained.steps
     assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == trained.log
 
@@ -531,7 +558,7 @@ def test_pairs_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert (len(pairs), len(held_out)) == (3, 1)
     assert torch.equal(pairs.latents_w, expected.latents_w[:3])
     assert torch.equal(pairs.latents_l, expected.latents_l[:3])
-    assert pairs.size.tolist() == [[24, 32]] * 3
+    assert pairs.size.tolist() == [[24, 32, 0, 0, 24, 32]] * 3
     torch.testing.assert_close(pairs.delta, torch.full((3,), 0.5))
     assert pairs.text_row.tolist() == [0, 1, 0]
     assert torch.equal(pairs.embeds, expected.embeds)

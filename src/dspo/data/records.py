@@ -62,5 +62,8 @@ PAIRS = pa.schema(
         ("latent_0", pa.binary()),  # float16, little endian, C order
         ("latent_1", pa.binary()),
         ("latent_shape", pa.list_(pa.int32())),
+        # SDXL's size conditions, of the winner: original height and width, top and left of the crop, height and width;
+        # null: neither scaled nor cropped
+        ("time_ids", pa.list_(pa.int32())),
     ]
 )

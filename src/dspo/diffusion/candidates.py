@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from dspo import distributed
 from dspo.data.codecs import Encoder, encoder
@@ -18,6 +17,7 @@ from dspo.data.images import write_table
 from dspo.data.prompts import Prompt
 from dspo.data.records import CANDIDATES
 from dspo.diffusion.base import load_pipeline
+from dspo.diffusion.compiled import compile_blocks
 from dspo.diffusion.sampling import Sample, SampleRequest, sample
 from dspo.params import BaseModelParams, GenerateParams, SamplerParams
 from dspo.progress import progress
@@ -80,7 +80,7 @@ def _generate(
     """Sample shard by shard, write each when it is whole, and yield its images while they appear."""
     pipe = load_pipeline(base, device)
     if device.type == "cuda":
-        compile_blocks(pipe)
+        compile_blocks(pipe.unet, latent_sizes=1)
     with encoder(params.image_format, base.resolution) as images:
         for shard in shards:
             rows = []
@@ -89,11 +89,6 @@ def _generate(
                 yield one
             finished = [row | {"image": row["image"].result()} for row in rows]
             write_table(pa.Table.from_pylist(finished, schema=CANDIDATES), folder / shard.name)
-
-
-def compile_blocks(pipe: StableDiffusionXLPipeline) -> None:
-    """Compile the UNet's repeated blocks, once for all of a kind; the first batches take a minute longer."""
-    pipe.unet.compile_repeated_blocks()
 
 
 def _row(one: Sample, images: Encoder) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Images from elsewhere as latents of the base model."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,10 +13,40 @@ from PIL import Image, ImageOps
 from dspo.data.images import Pixels
 
 
-def fit(image: Pixels, resolution: int) -> Pixels:
-    """[h, w, 3] -> [resolution, resolution, 3]: the middle square, scaled."""
-    size = (resolution, resolution)
-    return np.asarray(ImageOps.fit(Image.fromarray(image), size, Image.Resampling.LANCZOS))
+@dataclass(frozen=True)
+class Fitted:
+    """An image that was scaled and cropped to its middle."""
+
+    pixels: Pixels  # [height, width, 3]
+    time_ids: tuple[int, ...]  # SDXL's: original height and width, top and left of the crop, height and width
+
+    @property
+    def enlarged(self) -> bool:
+        h, w, _, _, height, width = self.time_ids
+        return h < height or w < width
+
+
+def bucket(aspect: float, resolution: int) -> tuple[int, int]:
+    """Height and width, pixels, of the SDXL bucket nearest to ``aspect`` = width / height.
+
+    SDXL was trained on sizes of about 1024^2 pixels whose sides are multiples of 64, up to 1 : 4. Of these each short
+    side has its longest long side here: 17 sizes. At another ``resolution`` they are as many, as far as the VAE's 8 go.
+    """
+    step = max(8, resolution // 16 // 8 * 8)
+    shorts = range(resolution, resolution // 2 - 1, -step)
+    buckets = [(short, max(short, resolution**2 // (short * step) * step)) for short in shorts]
+    ratio = max(aspect, 1 / aspect)
+    short, long = min(buckets, key=lambda sides: abs(math.log(sides[1] / sides[0] / ratio)))
+    return (short, long) if aspect > 1 else (long, short)
+
+
+def fit(image: Pixels, height: int, width: int) -> Fitted:
+    """Scale ``image`` [h, w, 3] until it fills ``height`` x ``width``, and cut off what stands over on both sides."""
+    h, w = image.shape[:2]
+    scale = max(height / h, width / w)
+    top, left = (round((side * scale - kept) / 2) for side, kept in ((h, height), (w, width)))
+    pixels = np.asarray(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
+    return Fitted(pixels, (h, w, top, left, height, width))
 
 
 def encode_images(vae: AutoencoderKL, images: Sequence[Pixels]) -> NDArray[np.float16]:

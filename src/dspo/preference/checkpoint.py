@@ -3,11 +3,13 @@
 import io
 import pickle
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dspo.data.files import write_bytes
 from dspo.errors import UserError
@@ -47,10 +49,13 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
     write_bytes(content.getbuffer(), path)
 
 
-def load_checkpoint(path: Path, like: State, device: torch.device) -> TrainingState:
-    """Raises :class:`UserError` if the file is damaged, or its adapter has other names or shapes than ``like``."""
+def load_checkpoint(path: Path, like: Mapping[str, Tensor]) -> TrainingState:
+    """The state in host memory.
+
+    Raises :class:`UserError` if the file is damaged, or its adapter has other names or shapes than ``like``.
+    """
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         best = saved.pop("best")
         state = TrainingState(**saved, best=None if best is None else Best(**best))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:

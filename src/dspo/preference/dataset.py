@@ -20,6 +20,7 @@ from dspo.preference.schedule import NoiseSchedule
 
 COLUMNS = (
     "pair_id", "prompt_id", "weight", "rca_0", "rca_1", "width", "height", "latent_0", "latent_1", "latent_shape",
+    "time_ids",
 )  # fmt: skip
 
 LATENT_CHANNELS = 4
@@ -36,7 +37,7 @@ class Pairs:
     latents_l: Tensor
     weight: Tensor  # [n] float32: of the prompt
     delta: Tensor  # [n] float32: difference of the calibrated rewards
-    size: Tensor  # [n, 2] float32: height and width of the images, pixels
+    size: Tensor  # [n, 6] float32: original height and width, top and left of the crop, height and width; pixels
     text_row: Tensor  # [n] int64: row of the prompt in embeds and pooled
     embeds: Tensor  # [m + 1, L, C]; the last row is the empty prompt
     pooled: Tensor  # [m + 1, P]
@@ -109,7 +110,13 @@ def load_pairs(folder: Path) -> tuple[Pairs, Pairs]:
             latents_l=_latents(table, "latent_1", sizes, path),
             weight=torch.tensor(column["weight"], dtype=torch.float32),
             delta=(rca[0] - rca[1]).float(),
-            size=torch.tensor([column["height"], column["width"]], dtype=torch.float32).T.contiguous(),
+            size=torch.tensor(
+                [
+                    ids or (h, w, 0, 0, h, w)
+                    for ids, h, w in zip(column["time_ids"], column["height"], column["width"], strict=True)
+                ],
+                dtype=torch.float32,
+            ),
             text_row=torch.tensor([row_of[prompt] for prompt in column["prompt_id"]]),
             embeds=embeds,
             pooled=pooled,
@@ -177,7 +184,7 @@ def held_out_draws(pairs: Pairs, seed: int, n_timesteps: int) -> list[Draw]:
 def make_batch(
     pairs: Pairs, draws: Sequence[Draw], schedule: NoiseSchedule, dtype: torch.dtype, device: torch.device
 ) -> Batch:
-    """Noise the drawn pairs. SDXL's size conditions are the images' own: original = target size, crop at (0, 0)."""
+    """Noise the drawn pairs. Winner and loser share SDXL's size conditions, as they share the prompt."""
     rows = torch.tensor([draw.row for draw in draws])
     ((h, w),) = {pairs.latent_size(draw.row) for draw in draws}
     shape = (pairs.latents_w.shape[1], h, w)
@@ -188,7 +195,6 @@ def make_batch(
     t = on_device(torch.tensor([draw.t for draw in draws]), device)
     dropped = torch.tensor([draw.drop_prompt for draw in draws])
     text = torch.where(dropped, len(pairs.embeds) - 1, pairs.text_row[rows])
-    size = pairs.size[rows]
     winner = on_device(pairs.latents_w[rows, :, :h, :w], device).float()
     loser = on_device(pairs.latents_l[rows, :, :h, :w], device).float()
     return Batch(
@@ -199,7 +205,7 @@ def make_batch(
         t=t,
         embeds=on_device(pairs.embeds[text], device).to(dtype),
         pooled=on_device(pairs.pooled[text], device).to(dtype),
-        time_ids=on_device(torch.cat([size, torch.zeros_like(size), size], dim=1), device),
+        time_ids=on_device(pairs.size[rows], device),
         weight=on_device(pairs.weight[rows], device),
         delta=on_device(pairs.delta[rows], device),
     )

@@ -102,9 +102,11 @@ class Rescale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_out,) = grads
         kept, m, n = ctx.saved_tensors
-        d_base = (d_out * (m / n)).to(d_out.dtype)
-        d_low_rank = d_base if ctx.s == 1 else d_base * ctx.s
-        d_m = (d_out * kept).flatten(0, -2).sum(0, dtype=torch.float32) / (n if ctx.has_bias else m)
+        # Products in float32, which compiled are never in memory; first, while nothing else of their size is there.
+        d_m = (d_out.float() * kept).flatten(0, -2).sum(0) / (n if ctx.has_bias else m)
+        g = m / n
+        d_base = (d_out * g).to(d_out.dtype)
+        d_low_rank = d_base if ctx.s == 1 else (d_out * (g * ctx.s)).to(d_out.dtype)  # rounded once, as d_base is
         return d_base, d_low_rank, d_m, None, None, None
 
 

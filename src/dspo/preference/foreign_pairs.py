@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from safetensors.torch import save
 
 from dspo.data.files import write_bytes, write_json
@@ -20,15 +23,18 @@ from dspo.data.readers.comparison import Comparison
 from dspo.data.readers.grouping import in_parts
 from dspo.data.records import PAIRS
 from dspo.diffusion.base import load_vae
-from dspo.diffusion.encoding import encode_images, fit
+from dspo.diffusion.encoding import Fitted, bucket, encode_images, fit
 from dspo.errors import UserError
 from dspo.params import BaseModelParams, ScoreParams
+from dspo.preference.dataset import batches_alike
 from dspo.preference.pairs import calibrated_rewards, held_out_prompts
 from dspo.preference.scoring import Row, Scorer, text_tensors
 
 UNSPLIT = "unsplit.parquet"
 ROWS_PER_PART = 128
 PARTS_PER_LINE = 20  # of the log
+
+Latents = NDArray[np.float16]
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +51,10 @@ def write_foreign_pairs(
     """Fill ``output`` with the comparisons that have a winner, and return the summary that is also written there.
 
     ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text.safetensors`` and ``summary.json``. The images
-    are kept as they came; the latents are of their middle squares at the base's resolution. Without a scorer the
-    ``score_*`` columns are null, and CaPO's calibrated reward is 1 for the winner and 0 for the loser: the win rate
-    that people gave them. Images are in memory by ``params.batch_size`` pairs. Raises :class:`UserError` if there are
-    fewer than two prompts, since one is held out.
+    are kept as they came; the latents of a pair have the size of the SDXL bucket that is nearest to its aspect ratio,
+    at the base's resolution. Without a scorer the ``score_*`` columns are null, and CaPO's calibrated reward is 1 for
+    the winner and 0 for the loser: the win rate that people gave them. Images are in memory by ``params.batch_size``
+    pairs. Raises :class:`UserError` if there are fewer than two prompts, since one is held out.
     """
     counts: Counter[str] = Counter()
     parts = in_parts(_decided(comparisons, counts), params.batch_size)
@@ -56,13 +62,11 @@ def write_foreign_pairs(
     with table_writer(output / UNSPLIT, PAIRS) as write:
         vae = load_vae(base, device)
         for number, part in enumerate(chain([first] if first else [], parts), start=1):
-            images = [decode_image(image, pair.where) for pair in part for image in pair.images]
-            counts["enlarged"] += sum(min(image.shape[:2]) < base.resolution for image in images)
-            squares = [fit(image, base.resolution) for image in images]
-            latents = encode_images(vae, squares)
-            rows = [_row(pair, latents[2 * n : 2 * n + 2], base.resolution) for n, pair in enumerate(part)]
+            images = [_fitted(pair, base.resolution) for pair in part]
+            counts["enlarged"] += sum(image.enlarged for both in images for image in both)
+            rows = [_row(*one) for one in zip(part, _encoded(vae, images), images, strict=True)]
             if scorer is not None:
-                _add_scores(rows, squares, scorer, params.batch_size)
+                _add_scores(rows, [image.pixels for both in images for image in both], scorer, params.batch_size)
             write(pa.Table.from_pylist(rows, schema=PAIRS))
             if number % PARTS_PER_LINE == 0:
                 log.info("%d pairs encoded", number * params.batch_size)
@@ -107,17 +111,36 @@ def _decided(comparisons: Iterable[Comparison], counts: Counter[str]) -> Iterato
             yield comparison if comparison.label == 1 else comparison.turned()
 
 
-def _row(pair: Comparison, latents: np.ndarray[Any, np.dtype[np.float16]], resolution: int) -> Row:
+def _fitted(pair: Comparison, resolution: int) -> list[Fitted]:
+    """Both images in the bucket that is nearest to the mean of their aspect ratios."""
+    images = [decode_image(image, pair.where) for image in pair.images]
+    aspects = [width / height for height, width, _ in (image.shape for image in images)]
+    height, width = bucket(geometric_mean(aspects), resolution)
+    return [fit(image, height, width) for image in images]
+
+
+def _encoded(vae: AutoencoderKL, pairs: Sequence[Sequence[Fitted]]) -> list[Latents]:
+    """Latents of each pair, [2, 4, h, w]."""
+    latents: dict[int, Latents] = {}
+    for alike in batches_alike(range(len(pairs)), len(pairs), lambda n: pairs[n][0].pixels.shape):
+        encoded = encode_images(vae, [image.pixels for n in alike for image in pairs[n]])
+        latents |= zip(alike, encoded.reshape(len(alike), 2, *encoded.shape[1:]), strict=True)
+    return [latents[n] for n in range(len(pairs))]
+
+
+def _row(pair: Comparison, latents: Latents, images: Sequence[Fitted]) -> Row:
     """A row of ``records.PAIRS``; how the images were sampled is not known."""
+    height, width, _ = images[0].pixels.shape
     row: Row = dict.fromkeys(PAIRS.names)
     row |= {
         "pair_id": pair.pair_id,
         "prompt_id": prompt_id(pair.prompt),
         "caption": pair.prompt,
         "weight": pair.weight,
-        "width": resolution,
-        "height": resolution,
+        "width": width,
+        "height": height,
         "latent_shape": list(latents.shape[1:]),
+        "time_ids": images[0].time_ids,
     }
     for side in (0, 1):
         row |= {

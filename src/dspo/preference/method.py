@@ -9,6 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dspo.diffusion.compiled import compile_blocks
 from dspo.params import TrainParams
 from dspo.preference.dataset import Batch, Draw, Pairs, make_batch, on_device
 from dspo.preference.diagnostics import Columns, pair_columns
@@ -98,14 +99,14 @@ def forward(unet: UNet2DConditionModel, noisy: Tensor, batch: Batch) -> Tensor:
     return prediction.float()
 
 
-def prepare(unet: UNet2DConditionModel, params: TrainParams) -> None:
-    """Make the UNet, with its adapter in it, ready for many passes: in place, and for good."""
+def prepare(unet: UNet2DConditionModel, params: TrainParams, latent_sizes: int) -> None:
+    """Make the UNet, with its adapter in it, ready for many passes over so many latent sizes: in place, for good."""
     if params.gradient_checkpointing:
         checkpoint_blocks(unet, params.gradient_checkpointing)
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # the order that cuDNN's kernels for 16 bits compute in
         if params.compile:
-            unet.compile_repeated_blocks()
+            compile_blocks(unet, latent_sizes)
 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, share: float) -> None:

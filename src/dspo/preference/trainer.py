@@ -12,7 +12,7 @@ A step never waits for the device: its figures stay there until an epoch or a ch
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,8 @@ def train(
 
     method = Method(adapter, schedule, params, permute_k)
     references = References()
-    prepare(adapter.unet, params)
+    sizes = {some.latent_size(row) for some in (pairs, held_out) for row in range(len(some))}
+    prepare(adapter.unet, params, len(sizes) + 1)  # one more for the images of the reward check
     parameters = list(adapter.parameters.values())
     optimizer = make_optimizer(adapter, params)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def train(
                     state.epochs.append(check(method, state, held_out, params, seed, reward_check))
                     keep_best(state, adapter)
                     logger.info("train %s", told(state.epochs[-1]))
-                state.adapter, state.optimizer = adapter.state(), optimizer.state_dict()
+                state.adapter, state.optimizer = on_host(adapter.parameters), optimizer.state_dict()
                 if distributed.first():
                     save_checkpoint(folder / CHECKPOINT, state)
 
@@ -222,13 +223,14 @@ def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainPara
     """The state of the checkpoint, loaded into adapter and optimizer; a fresh one where there is none."""
     if distributed.first():
         (folder / LOG).unlink(missing_ok=True)
-    initial = adapter.state()
     if not distributed.from_first((folder / CHECKPOINT).exists()):
-        ema = None if params.ema_decay is None else initial
-        return TrainingState(step=0, adapter=initial, optimizer=optimizer.state_dict(), ema=ema)
-    state = load_checkpoint(folder / CHECKPOINT, initial, adapter.device)
+        ema = None if params.ema_decay is None else adapter.state()
+        return TrainingState(step=0, adapter=on_host(adapter.parameters), optimizer=optimizer.state_dict(), ema=ema)
+    state = load_checkpoint(folder / CHECKPOINT, adapter.parameters)
     adapter.load(state.adapter)
     optimizer.load_state_dict(state.optimizer)
+    if state.ema is not None:
+        state.ema = {name: tensor.to(adapter.device) for name, tensor in state.ema.items()}
     for row in state.log:
         append_row(folder / LOG, row)
     logger.info("training continues at step %d", state.step)
@@ -279,8 +281,12 @@ def keep_best(state: TrainingState, adapter: Adapter) -> None:
     """Keep the epoch that just ended if its reward beats every earlier one's, or if there are no rewards."""
     epoch, reward = len(state.epochs) - 1, state.epochs[-1]["reward"]
     if state.best is None or reward is None or state.best.reward is None or reward > state.best.reward:
-        parameters = adapter.state() if state.ema is None else {name: t.clone() for name, t in state.ema.items()}
-        state.best = Best(epoch, reward, parameters)
+        state.best = Best(epoch, reward, on_host(adapter.parameters if state.ema is None else state.ema))
+
+
+def on_host(parameters: Mapping[str, Tensor]) -> State:
+    """A copy in host memory: what no step reads takes no room on the device."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in parameters.items()}
 
 
 def append_row(path: Path, row: Row) -> None:

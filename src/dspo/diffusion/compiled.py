@@ -1,0 +1,21 @@
+"""Compiling a UNet where it is called many times with few shapes."""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+# A latent size of SDXL has two kinds of transformer block. Training calls each with and without the adapter, with and
+# without gradient, on winners alone and with losers, in whole batches and in the rest of the pairs; the images of the
+# reward check come on top: 22 graphs at the most.
+GRAPHS_PER_LATENT_SIZE = 32
+
+
+def compile_blocks(unet: UNet2DConditionModel, latent_sizes: int) -> None:
+    """Compile the repeated blocks in place: one graph for each kind of block, way of calling it and shape.
+
+    Left alone, torch makes 8 graphs and runs whatever comes after them uncompiled, without a word. Here there is room
+    for ``latent_sizes``, and what does not compile whole, or compiles without end, is an error.
+    """
+    limit = GRAPHS_PER_LATENT_SIZE * latent_sizes
+    dynamo = torch._dynamo.config
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=limit)
