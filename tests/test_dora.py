@@ -164,7 +164,7 @@ def test_gradients_in_bfloat16_are_no_further_from_the_truth_than_those_of_stock
     truth = gradients(torch.float32, fast=False)
     ours, theirs = gradients(torch.bfloat16, fast=True), gradients(torch.bfloat16, fast=False)
     for exact, own, stock in zip(truth, ours, theirs, strict=True):
-        print((own - exact).norm()/exact.norm(), (stock - exact).norm()/exact.norm())
+        print((own - exact).norm() / exact.norm(), (stock - exact).norm() / exact.norm())
         assert (own - exact).norm() <= 1.05 * (stock - exact).norm()
 
 
