@@ -81,7 +81,7 @@ bench: setup ## time, memory and FLOPs beside plain LoRA, stock peft and the sto
 	python -m bench
 
 test: setup ## all tests
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## style, types, layers, code dependencies of the stages
 	ruff check .
