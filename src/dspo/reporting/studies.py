@@ -144,9 +144,9 @@ def _base(study: list[Json]) -> Table:
         [
             f"{row['scheduler']}, {row['steps']} steps, guidance {row['guidance_scale']:g}",
             number(row["gold"]),
-            interval(*row.get("gold_ci95", (None, None))),
+            interval(*row["gold_ci95"]),
             number(row["fully_right"]),
-            interval(*row.get("fully_right_ci95", (None, None))),
+            interval(*row["fully_right_ci95"]),
             str(row["n_images"]),
         ]
         for row in study
