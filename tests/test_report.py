@@ -187,7 +187,8 @@ FILES: Json = {
     },
     "audit": {"num_prompts": 300, "seeds": 2, "seed": 7, "tuned_against_base": GOOD["tuned_against_base"]},
     "base": [
-        {"scheduler": "ddim", "steps": 12, "guidance_scale": 2.0, "gold": 0.6, "fully_right": 0.5, "n_images": 228}
+        {"scheduler": "ddim", "steps": 12, "guidance_scale": 2.0, "n_images": 228}
+        | {"gold": 0.6, "gold_ci95": [0.55, 0.65], "fully_right": 0.5, "fully_right_ci95": [0.4, 0.6]}
     ],
 }
 
