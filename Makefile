@@ -12,7 +12,7 @@ STAMP := .venv/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup lock repro gates report shapes ablation losses loss-seeds overopt audit sampler smoke-sdxl bench test lint format deps mlflow sync exp-show image
+.PHONY: help setup lock repro gates report shapes ablation losses loss-seeds beside overopt audit sampler smoke-sdxl bench test lint format deps mlflow sync exp-show image
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,9 +59,13 @@ losses: setup ## the preference losses beside each other, tuned on validation, f
 	  --candidates data/candidates --pairs data/pairs --reward models/reward --second-judge models/shapes-judge --output reports/studies $(STUDY)
 	cp reports/studies/losses.json reports/losses.json
 
-loss-seeds: setup ## seven losses at their own settings over three training seeds, as a matrix of DVC stages
+loss-seeds: setup ## the losses at their own settings over three training seeds, as a matrix of DVC stages
 	dvc repro pipelines/losses/dvc.yaml
 	cp pipelines/losses/loss_seeds.* reports/studies/
+
+beside: setup ## adapters from fewer pairs, LoRA, and the best of four base images
+	python -m dspo.studies.beside --params params.yaml --prompts data/prompts.csv --pairs data/pairs --reward models/reward \
+	  --second-judge models/shapes-judge --output reports/studies $(STUDY)
 
 overopt: setup ## where the proxy goes on rising and the gold judge does not
 	python -m dspo.studies.overopt --params params.yaml --prompts data/prompts.csv --rated data/raw/shapes-rated.parquet \

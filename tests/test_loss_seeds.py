@@ -107,8 +107,9 @@ def test_a_cell_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_the_shipped_settings_are_settings_and_every_row_has_them() -> None:
     study = load_study(ROOT / FOLDER / "params.yaml")
     assert set(study.losses) == set(study.train)
-    for name in study.losses:
-        assert changed(PARAMS.active.train, study, name).loss == name
+    own = {name: changed(PARAMS.active.train, study, name) for name in study.losses}
+    assert {name for name, train in own.items() if train.loss != name} == {"fixed_draw"}
+    assert own["fixed_draw"] == own["dspo_two_sided"].model_copy(update={"fixed_draws": 1})
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ import yaml
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline
 
 from dspo.data.prompts import Prompt
+from dspo.diffusion.base import load_pipeline
 from dspo.params import Params, load_params
 from dspo.preference.dataset import Pairs
+from dspo.preference.dora import add_dora, add_lora
 from dspo.reporting.studies import study_tables
 from dspo.reporting.tables import markdown
 from dspo.shapes.gold import GoldScore
-from dspo.studies import base_sampler
+from dspo.studies import base_sampler, beside
 from dspo.studies import trials as trials_module
 from dspo.studies.arms import ARMS, best, grid
 from dspo.studies.common import fresh_prompts
@@ -196,6 +198,43 @@ def test_a_trial_is_made_once(params: Params, tmp_path: Path, monkeypatch: pytes
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json"]
     assert np.array_equal(Trials(params, Brightness(), trials.pairs, tmp_path / "new").base(on).scores["gold_overall"],
                           base.scores["gold_overall"])  # type: ignore[arg-type]  # fmt: skip
+
+
+class EveryOtherIsRight(Brightness):
+    """Bright images are good to both judges, and every other one is fully right."""
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        bright = super().score(images, prompts)["gold_overall"]
+        return {"gold_overall": bright, "reward_overall": bright, "gold_fully_right": np.arange(len(images)) % 2.0}
+
+
+def test_what_stands_beside_the_adapter(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPO_DEVICE", "cpu")
+    pairs = made_up_pairs(6)
+    sets = {"2": (first_pairs(pairs, 2), pairs), "reward": (pairs, pairs)}
+    trials = Trials(params, EveryOtherIsRight(), sets, tmp_path)  # type: ignore[arg-type]
+    fresh = PromptSet("fresh", [Prompt("a", "a red circle"), Prompt("b", "a small star")], 2, 7)
+    figures = beside.compared(trials, fresh, params)
+    best, few, everything, lora = figures["rows"]
+    assert best["name"].startswith("best of 4") and best["against_base"]["win_rate"] == 1.0
+    assert best["training_seconds"] == 0
+    assert [row["name"] for row in (few, everything, lora)] == ["2 pairs", "6 pairs", "6 pairs, LoRA"]
+    plans = beside.recipes(params, {"2": 2, "reward": 6})
+    assert plans["2 pairs"].train.epochs == 3 * plans["6 pairs"].train.epochs  # as many steps
+    (shown,) = study_tables({"beside": figures | {"settings": {"prompts": 2, "images_per_prompt": 2}}})
+    assert "0.500 fully right" in shown.note and shown.rows[1][:1] == ["2 pairs"]
+
+
+def test_lora_has_about_as_many_parameters(params: Params) -> None:
+    plans = beside.recipes(params, {"reward": 6})
+
+    def parameters(recipe: Recipe) -> int:
+        unet = load_pipeline(params.active.base, torch.device("cpu")).unet
+        adapter = (add_lora if recipe.lora else add_dora)(unet, recipe.train, 0)
+        return sum(parameter.numel() for parameter in adapter.parameters.values())
+
+    dora, lora = parameters(plans["6 pairs"]), parameters(plans["6 pairs, LoRA"])
+    assert dora <= lora < 1.35 * dora  # at rank 2; at 16 a rank more or less is a sixteenth
 
 
 def test_a_training_that_runs_away_is_remembered(

@@ -26,6 +26,7 @@ CLAIMS = (
     *((name, rival) for name in TWO_SIDED for rival in ("dspo", "ipo", "capo", "mapo")),
     ("dspo, two-sided, 1 fixed draw", "dspo, two-sided"),
     ("dspo, two-sided, 4 fixed draws", "dspo, two-sided"),
+    ("fixed_draw", "dspo_two_sided"),
 )
 
 

@@ -24,7 +24,7 @@ from dspo.evaluation.judges import Judges
 from dspo.evaluation.paired import evaluation_requests
 from dspo.params import Params, TrainParams
 from dspo.preference.dataset import Pairs, held_out_draws, make_batch
-from dspo.preference.dora import Adapter, add_dora
+from dspo.preference.dora import Adapter, add_dora, add_lora
 from dspo.preference.losses import Needs
 from dspo.preference.method import predict
 from dspo.preference.schedule import NoiseSchedule
@@ -45,10 +45,12 @@ class Recipe:
     train: TrainParams
     seed: int
     permute_k: bool = False
+    lora: bool = False  # in DoRA's place
 
     def as_json(self) -> dict[str, Any]:
         train = self.train.model_dump(mode="json")
-        return {"pairs": self.pairs, "train": train, "seed": self.seed, "permute_k": self.permute_k}
+        how = {"permute_k": self.permute_k, "lora": self.lora}
+        return {"pairs": self.pairs, "train": train, "seed": self.seed, **how}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Trials:
 
     def _make(self, recipe: Recipe, on: PromptSet, folder: Path) -> dict[str, Any]:
         self.pipe.unet = copy.deepcopy(self.reference)
-        adapter = add_dora(self.pipe.unet, recipe.train, recipe.seed)
+        add = add_lora if recipe.lora else add_dora
+        adapter = add(self.pipe.unet, recipe.train, recipe.seed)
         pairs, held_out = self.pairs[recipe.pairs]
         start = time.monotonic()
         try:
