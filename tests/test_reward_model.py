@@ -132,8 +132,7 @@ def test_more_blocks_than_there_are(clip_name: str) -> None:
 
 def test_vit_l_336_at_full_size_without_weights() -> None:
     params: RewardParams = load_params(Path("params.yaml")).worlds["sdxl"].reward
-    float32 = params.model_copy(update={"dtype": "float32"})  # there is no autocast on the meta device
-    model = build_model(float32, 0, torch.device("meta"))
+    model = build_model(params, 0, torch.device("meta"))
     assert model.backbone.quick_gelu
     assert sum(p.numel() for p in model.backbone.clip.parameters()) == 427_944_193
     assert model.backbone.frozen_image_blocks == 18 and model.backbone.frozen_text_blocks == 6

@@ -143,7 +143,8 @@ class Stems:
     def texts(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Stems [len(rows), length, text_width] and places of the end-of-text tokens [len(rows)]."""
         ids = self.ids[torch.from_numpy(rows)].to(self.device)
-        return self.backbone.text_stem(ids), ids.argmax(-1)
+        with autocast(self.device, self.dtype):
+            return self.backbone.text_stem(ids), ids.argmax(-1)
 
     def _keep(self) -> Tensor:
         batches = range(0, len(self.pairs.images), STEM_BATCH)
@@ -152,7 +153,8 @@ class Stems:
 
     def _image_stems(self, rows: Rows) -> Tensor:
         images = list(self._threads.map(self._image, rows.tolist()))
-        return self.backbone.image_stem(self.backbone.preprocess(images).to(self.device))
+        with autocast(self.device, self.dtype):
+            return self.backbone.image_stem(self.backbone.preprocess(images).to(self.device))
 
     def _image(self, row: int) -> Pixels:
         """Decoded and of the backbone's size: PIL works outside of Python's lock."""

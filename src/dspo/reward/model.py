@@ -82,7 +82,7 @@ def build_model(params: RewardParams, seed: int, device: torch.device) -> Reward
         torch.default_generator.manual_seed(keyed_seed(seed, "reward-init"))
         model = RewardModel(backbone, params)
     if params.dtype == "bfloat16":
-        backbone.hold_stem_in(torch.bfloat16)
+        backbone.multiply_tokens_at_once()
     return model.to(device).eval()
 
 
