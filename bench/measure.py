@@ -84,11 +84,11 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Bytes that ``run`` takes at its peak beyond what was there: CUDA's own count, or that of all tensors made."""
-    gc.collect()
     if device.type != "cuda":
         with Peak() as peak:
             run()
         return peak.bytes
+    gc.collect()  # what goes during the run would be counted as memory that it does not need
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()

@@ -1,7 +1,7 @@
 """The bench at a tiny size: files, keys, rows, and figures that come from the rows. No clock is judged."""
 
 import json
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,9 +22,12 @@ KEYS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "bench", "--size", "tiny", "--rounds", "2", "--output", str(output)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    """What `python -m bench` writes, without the start of another Python."""
+    output, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bench", "--size", "tiny", "--rounds", "2", "--output", str(output)])
+        runpy.run_module("bench", run_name="__main__")
+    torch.set_num_threads(threads)
     return output
 
 
@@ -96,7 +100,6 @@ def test_flops_say_what_each_way_computes(found: dict[str, Any]) -> None:
 
 
 def test_memory_knows_the_second_unet(found: dict[str, Any]) -> None:
-    import torch
     from bench.models import SIZES, build_pipeline  # from the repository's root
 
     unet = build_pipeline(SIZES["tiny"], torch.device("cpu")).unet
@@ -126,12 +129,12 @@ def test_a_row_that_did_not_fit_leaves_its_figure_open() -> None:
 
 
 def test_the_dtype_of_a_gpu_runs_every_step() -> None:
-    """bfloat16 takes the casts and the autocast that float32 does not."""
-    import torch
+    """bfloat16 takes the casts and the autocast that float32 does not; whole batches, since it is slow on a CPU."""
     from bench import groups
     from bench.models import SIZES, build_pipeline
 
-    size = replace(SIZES["tiny"], dtype=torch.bfloat16)
+    whole = {"adapter_micro_batch": 4, "recipe_settings": ((4, False), (4, True))}
+    size = replace(SIZES["tiny"], dtype=torch.bfloat16, resolutions=(32,), **whole)
     pipe = build_pipeline(size, torch.device("cpu"))
     rows = [*groups.adapters(pipe, size, rounds=1), *groups.recipes(pipe, size, rounds=1)]
     assert pipe.unet.dtype == torch.bfloat16

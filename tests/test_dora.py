@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -242,42 +244,48 @@ class Killed(BaseException):
     pass
 
 
-RECOMPUTED = {"gradient_accumulation_steps": 3, "gradient_checkpointing": 1.0, "dropout": 0.2}
+def clip_or_die_at(step: int) -> Callable[..., torch.Tensor]:
+    clip, steps = torch.nn.utils.clip_grad_norm_, count(1)
+
+    def clip_or_die(*args: object, **keywords: object) -> torch.Tensor:
+        if next(steps) == step:
+            raise Killed
+        return clip(*args, **keywords)  # type: ignore[arg-type]
+
+    return clip_or_die
 
 
-@pytest.mark.parametrize(("n", "changes", "killed_at"), [(20, {}, None), (20, {}, 29), (60, RECOMPUTED, 29)])
+RECOMPUTED = {"gradient_accumulation_steps": 2, "gradient_checkpointing": 1.0, "dropout": 0.2}
+
+
+@pytest.mark.parametrize(("n", "changes", "kills"), [(20, {}, (False, True)), (40, RECOMPUTED, (True,))])
 def test_fifty_steps_of_training_are_those_of_stock_peft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, object], killed_at: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, object], kills: tuple[bool, ...]
 ) -> None:
+    """Each of ours, killed and undisturbed, against the one training of stock peft."""
     p = fifty_steps(**changes)
-
-    def ours() -> tuple[Adapter, trainer.Trained]:
-        adapter = add_dora(unet(), p, seed=0, exact_dropout=True)
-        return adapter, trainer.train(adapter, schedule(), make_pairs(n), make_pairs(1, 1), p, 0, tmp_path)
-
-    if killed_at is not None:  # at no checkpoint's step
-        clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 51))
-
-        def clip_or_die(*args: object, **keywords: object) -> torch.Tensor:
-            if next(calls) == killed_at:
-                raise Killed
-            return clip(*args, **keywords)  # type: ignore[arg-type]
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die)
-            ours()
-    adapter, trained = ours()
     untrained = add_dora(unet(), p, seed=0)
     stock = stock_peft(untrained, p.dropout)
     train_adapter_alone(stock)
     losses = train_stock_peft(stock, p, n)
-    assert len(trained.log) == len(losses) == 50
-    assert [row["loss"] for row in trained.log] == pytest.approx(losses, abs=LOSS_TOLERANCE)
-    assert_same_change(adapter, stock, untrained.state())
-
     stock.eval()
-    adapter.save(tmp_path / "adapter", "models/base")
-    torch.testing.assert_close(output(load_adapter(unet(), tmp_path / "adapter")), output(stock), rtol=0, atol=1e-4)
+
+    def ours(folder: Path) -> tuple[Adapter, trainer.Trained]:
+        adapter = add_dora(unet(), p, seed=0, exact_dropout=True)
+        return adapter, trainer.train(adapter, schedule(), make_pairs(n), make_pairs(1, 1), p, 0, folder)
+
+    for killed in kills:
+        folder = tmp_path / f"killed-{killed}"
+        if killed:
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die_at(29))  # no checkpoint's step
+                ours(folder)
+        adapter, trained = ours(folder)
+        assert len(trained.log) == len(losses) == 50
+        assert [row["loss"] for row in trained.log] == pytest.approx(losses, abs=LOSS_TOLERANCE)
+        assert_same_change(adapter, stock, untrained.state())
+        adapter.save(folder / "adapter", "models/base")
+        torch.testing.assert_close(output(load_adapter(unet(), folder / "adapter")), output(stock), rtol=0, atol=1e-4)
 
 
 def assert_same_change(adapter: Adapter, stock: PeftModel, before: dict[str, torch.Tensor]) -> None:
