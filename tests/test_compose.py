@@ -28,8 +28,7 @@ from tiny_run import ROOT, tiny_run
 __all__ = ["tiny_run"]  # a fixture
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 AS_ROOT = os.geteuid() == 0
-# Eleven further processes that import MLflow: workers like the first, and consumers of a queue that nothing here fills.
-ONE_PROCESS = {"MLFLOW_WORKERS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+ONE_WORKER = {"MLFLOW_WORKERS": "1"}  # the others are like it, and each imports MLflow
 NEW_NETWORK = ["unshare", "--net", "--mount", *([] if AS_ROOT else ["--user", "--map-current-user", "--keep-caps"])]
 LOOPBACK = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x41))"
 UPLOADED = """
@@ -189,7 +188,7 @@ def network() -> Iterator[Network]:
             for _ in range(2):  # the second time as after `docker compose down`
                 done = network.run(SERVICES["bucket"]["command"], SERVICES["bucket"]["environment"])
                 assert done.returncode == 0, done.stdout
-            network.start("mlflow", SERVICES["mlflow"]["command"], SERVICES["mlflow"]["environment"] | ONE_PROCESS)
+            network.start("mlflow", SERVICES["mlflow"]["command"], SERVICES["mlflow"]["environment"] | ONE_WORKER)
             network.until("mlflow", health("mlflow"))
             yield network
         finally:
