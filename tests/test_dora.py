@@ -86,7 +86,7 @@ def train_adapter_alone(model: PeftModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_untrained_policy_is_the_reference_to_the_bit(dtype: torch.dtype, dropout: float) -> None:
-    model = unet().to(dtype)
+    model = unet().to(dtype).requires_grad_(False)  # torch may multiply weights that are trained in another order
     before = output(model, dtype)
     adapter = add_dora(model, params(dropout=dropout), seed=0)
     assert all(p.dtype == torch.float32 for p in adapter.parameters.values())
