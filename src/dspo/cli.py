@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspo.errors import UserError
-from dspo.options import check_writable, output_file, output_folder, read_config
+from dspo.options import check_writable, output_file, output_folder, read_config, reward_folder
 from dspo.params import BaseModelParams, load_params
 from dspo.stages.runner import run
 
@@ -34,7 +34,9 @@ ParamsFile = Annotated[
 ModelName = Annotated[
     str | None, typer.Option(help="base model: a folder, a .safetensors file, or HUB_ID@COMMIT; default: the world's")
 ]
-RewardFolder = Annotated[Path, typer.Option("--reward-model", file_okay=False, help="folder that train_reward wrote")]
+RewardFolder = Annotated[
+    Path, typer.Option("--reward-model", file_okay=False, callback=reward_folder, help="folder that train_reward wrote")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and what it takes; do nothing")]
 Config = Annotated[
     Path | None,
@@ -52,7 +54,9 @@ Config = Annotated[
 def check(
     params: ParamsFile = Path("params.yaml"),
     prompts: Annotated[Path, typer.Option(dir_okay=False, help="prompt list")] = Path("data/prompts.csv"),
-    reward_model: RewardFolder = Path("models/reward"),
+    reward_model: Annotated[Path, typer.Option(file_okay=False, help="folder that train_reward wrote")] = Path(
+        "models/reward"
+    ),
 ) -> None:
     """Say what is there, what is missing, and the command that mends it. Exit code 0 if nothing is missing, else 1."""
     from dspo.check import check_setup  # costly
@@ -154,7 +158,8 @@ def import_pairs(
     ),
     layout: Annotated[str | None, typer.Option(help="layout of the input, docs/data.md; default: by its looks")] = None,
     reward_model: Annotated[
-        Path | None, typer.Option(file_okay=False, help="score the images with this reward model as well")
+        Path | None,
+        typer.Option(file_okay=False, callback=reward_folder, help="score the images with this reward model as well"),
     ] = None,
     model_name: ModelName = None,
     params: ParamsFile = Path("params.yaml"),

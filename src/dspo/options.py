@@ -1,4 +1,4 @@
-"""What options have in common: ``--config FILE``, and outputs that are tried before the work, not after it."""
+"""What options have in common: ``--config FILE``, and folders that are tried before the work, not after it."""
 
 import tempfile
 from pathlib import Path
@@ -53,6 +53,16 @@ def output_file(path: Path | None) -> Path | None:
         if path.is_dir():
             raise UserError(f"--output {path}: a folder. Give the path of a file.")
         check_writable(path.parent)
+    return path
+
+
+def reward_folder(path: Path | None) -> Path | None:
+    """Raises :class:`UserError` unless ``path`` is a folder that holds a reward model."""
+    if path is not None and not (path / "config.json").is_file():
+        raise UserError(
+            f"{path}: no reward model here. `dvc repro train_reward` makes models/reward, and where a remote holds it "
+            "`dvc pull models/reward` fetches it."
+        )
     return path
 
 
