@@ -105,7 +105,7 @@ sync: setup ## send to MLflow what is not there yet, experiments of `dvc exp run
 	dspo sync
 
 exp-show: setup ## experiments beside each other, best by gold first: what differs, and the figures that matter
-	dvc exp show --no-pager --only-changed --sort-by evaluation.gold.win_rate --sort-order desc --keep 'evaluation.gold.win_rate' --drop '(?!Experiment|State|world|seed|evaluation.(gold.win_rate|fully_right.tuned|diversity_ratio)|reward_model.macro_f1)'
+	dvc exp show --csv --only-changed --sort-by evaluation.gold.win_rate --sort-order desc --keep 'evaluation.gold.win_rate$$' --drop '(?!Experiment|State|rev|world|seed|evaluation.(gold.win_rate$$|fully_right.tuned|diversity_ratio)|reward_model.macro_f1)' | python tools/exp_table.py
 
 image: ## the container image
 	docker build --tag dspo .

@@ -261,7 +261,7 @@ def explain(
     prompt: Annotated[str, typer.Argument(help="the text that the image was made of")],
     image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP file")],
     output: Annotated[Path, typer.Option(callback=output_file, help="picture to write (PNG)")] = Path(
-        "explanation.png"
+        "outputs/explanation.png"
     ),
     reward_model: RewardFolder = Path("models/reward"),
 ) -> None:
