@@ -346,7 +346,7 @@ def test_train_mistakes(plain_prompts, reward, options, message):
         ("train", "--prompts", "prompts.csv", "--dry-run"),
         ("compare", "a", "b", "--prompts", "prompts.csv", "--output", "out"),
         ("explain", "a cat", "cat.png"),
-        ("import-pairs", "--input", "pairs.csv"),
+        ("import-pairs", "--input", "pairs.csv", "--layout", "csv"),
     ],
 )
 def test_without_a_reward_model_the_command_that_makes_one_is_named(plain_prompts, command):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspo.errors import UserError
-from dspo.options import check_writable, output_file, output_folder, read_config, reward_folder
+from dspo.options import check_reward, check_writable, output_file, output_folder, read_config
 from dspo.params import BaseModelParams, load_params
 from dspo.stages.runner import run
 
@@ -34,9 +34,7 @@ ParamsFile = Annotated[
 ModelName = Annotated[
     str | None, typer.Option(help="base model: a folder, a .safetensors file, or HUB_ID@COMMIT; default: the world's")
 ]
-RewardFolder = Annotated[
-    Path, typer.Option("--reward-model", file_okay=False, callback=reward_folder, help="folder that train_reward wrote")
-]
+RewardFolder = Annotated[Path, typer.Option("--reward-model", file_okay=False, help="folder that train_reward wrote")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and what it takes; do nothing")]
 Config = Annotated[
     Path | None,
@@ -54,9 +52,7 @@ Config = Annotated[
 def check(
     params: ParamsFile = Path("params.yaml"),
     prompts: Annotated[Path, typer.Option(dir_okay=False, help="prompt list")] = Path("data/prompts.csv"),
-    reward_model: Annotated[Path, typer.Option(file_okay=False, help="folder that train_reward wrote")] = Path(
-        "models/reward"
-    ),
+    reward_model: RewardFolder = Path("models/reward"),
 ) -> None:
     """Say what is there, what is missing, and the command that mends it. Exit code 0 if nothing is missing, else 1."""
     from dspo.check import check_setup  # costly
@@ -97,6 +93,7 @@ def train(
     from dspo.data.prompts import read_prompts
 
     read_prompts(prompts, world.prompts.max_characters)
+    check_reward(reward_model)
     changed = settings.model_copy(update={"worlds": {settings.world: world}})
     if dry_run:
         from dspo.dry_run import plan_training  # costly
@@ -158,8 +155,7 @@ def import_pairs(
     ),
     layout: Annotated[str | None, typer.Option(help="layout of the input, docs/data.md; default: by its looks")] = None,
     reward_model: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, callback=reward_folder, help="score the images with this reward model as well"),
+        Path | None, typer.Option(file_okay=False, help="score the images with this reward model as well")
     ] = None,
     model_name: ModelName = None,
     params: ParamsFile = Path("params.yaml"),
@@ -170,6 +166,8 @@ def import_pairs(
     if layout is not None and layout not in READERS:
         raise UserError(f"--layout {layout}: expected one of {', '.join(READERS)}")
     layout = layout or guess_layout(source)
+    if reward_model is not None:
+        check_reward(reward_model)
     settings = load_params(params)
     world = settings.active
     world = world.model_copy(update={"base": _with_model(world.base, model_name)})
@@ -239,6 +237,7 @@ def compare(
     settings = load_params(params)
     world = settings.active
     wanted = read_prompts(prompts, world.prompts.max_characters)
+    check_reward(reward_model)
     from dspo.batch import adapter_folder  # costly; mistakes above are told at once
     from dspo.preference.dora import check_base
 
@@ -266,6 +265,7 @@ def explain(
     reward_model: RewardFolder = Path("models/reward"),
 ) -> None:
     """Score one image by the reward model's heads, and draw where its fusion looked."""
+    check_reward(reward_model)
     from dspo.explain import explain as draw  # costly
 
     said = draw(prompt, image, reward_model, output)

@@ -1,4 +1,4 @@
-"""What options have in common: ``--config FILE``, and folders that are tried before the work, not after it."""
+"""What options have in common: ``--config FILE``, and what is tried before the work, not after it."""
 
 import tempfile
 from pathlib import Path
@@ -56,14 +56,13 @@ def output_file(path: Path | None) -> Path | None:
     return path
 
 
-def reward_folder(path: Path | None) -> Path | None:
-    """Raises :class:`UserError` unless ``path`` is a folder that holds a reward model."""
-    if path is not None and not (path / "config.json").is_file():
+def check_reward(folder: Path) -> None:
+    """Raises :class:`UserError` unless ``folder`` holds a reward model."""
+    if not (folder / "config.json").is_file():
         raise UserError(
-            f"{path}: no reward model here. `dvc repro train_reward` makes models/reward, and where a remote holds it "
-            "`dvc pull models/reward` fetches it."
+            f"{folder}: no reward model here. `dvc repro train_reward` makes models/reward, and where a remote holds "
+            "it `dvc pull models/reward` fetches it."
         )
-    return path
 
 
 def check_writable(folder: Path) -> None:
