@@ -34,7 +34,7 @@ lock: ## resolve requirements.lock and requirements.runtime.lock anew
 # MLflow follows the files: whatever happens to it, the run stands. What could not be sent waits for `make sync`.
 repro: setup ## the whole pipeline; prints the figures and where the report is
 	dvc repro
-	timeout 120 dspo sync || echo "MLflow was not reached; \`make sync\` sends what waits"
+	dspo sync || echo "the run stands without MLflow; \`make sync\` sends what waits"
 	python -m dspo.reporting.gates reports/summary.json || echo "not every bound holds; \`make gates\` fails as long as that is so"
 	@echo "report: $(CURDIR)/reports/index.html"
 
@@ -109,7 +109,7 @@ sync: setup ## send to MLflow what is not there yet, experiments of `dvc exp run
 	dspo sync
 
 exp-show: setup ## experiments beside each other, best by gold first: what differs, and the figures that matter
-	dvc exp show --no-pager --only-changed --sort-by evaluation.gold.win_rate --sort-order desc --keep 'evaluation.gold.win_rate' --drop '(?!Experiment|State|world|seed|evaluation.(gold.win_rate|fully_right.tuned|diversity_ratio)|reward_model.macro_f1)'
+	dvc exp show --csv --only-changed --sort-by evaluation.gold.win_rate --sort-order desc --keep 'evaluation.gold.win_rate$$' --drop '(?!Experiment|State|rev|world|seed|evaluation.(gold.win_rate$$|fully_right.tuned|diversity_ratio)|reward_model.macro_f1)' | python tools/exp_table.py
 
 image: ## the container image
 	docker build --tag dspo .

@@ -202,7 +202,7 @@ def test_model_name_that_is_no_model(folder, models, name):
 
 
 def test_folder_without_an_adapter(folder):
-    with pytest.raises(UserError, match=r"adapter_config\.json and adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"adapter_config\.json and adapter_model\.safetensors.*`make repro`"):
         generate(folder)
 
 
@@ -339,9 +339,22 @@ def test_train_mistakes(plain_prompts, reward, options, message):
     assert not (plain_prompts / "out").exists()
 
 
-def test_train_needs_a_reward_model_and_two_prompts(plain_prompts, reward):
-    with pytest.raises(UserError, match="no-reward"):
-        train("no-reward", "out")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--prompts", "prompts.csv"),
+        ("train", "--prompts", "prompts.csv", "--dry-run"),
+        ("compare", "a", "b", "--prompts", "prompts.csv", "--output", "out"),
+        ("explain", "a cat", "cat.png"),
+        ("import-pairs", "--input", "pairs.csv", "--layout", "csv"),
+    ],
+)
+def test_without_a_reward_model_the_command_that_makes_one_is_named(plain_prompts, command):
+    with pytest.raises(UserError, match=r"^none: no reward model here\. `dvc repro train_reward` makes"):
+        call(*command, "--reward-model", "none")
+
+
+def test_train_needs_two_prompts(plain_prompts, reward):
     (plain_prompts / "one.csv").write_text("prompt\na cat\n")
     with pytest.raises(UserError, match=r"one\.csv: at least 2 prompts are needed"):
         train(reward, "out", prompts="one.csv")

@@ -115,10 +115,14 @@ def test_one_that_died_in_the_queue_says_why_and_its_log_is_found(finished: Path
 def test_the_table_has_the_columns_that_a_person_compares_by(grid: dict[str, str], finished: Path) -> None:
     recipe = re.search(r"^exp-show:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert recipe
-    command = recipe[1].replace("$$", "$")
-    shown = shell(finished, "bash", "-c", command).stdout
-    assert max(map(len, shown.splitlines())) <= 160
-    rows = list(csv.DictReader(shell(finished, "bash", "-c", f"{command} --csv").stdout.splitlines()))
+    command, table = recipe[1].replace("$$", "$").split(" | python ")
+    narrow = shell(finished, "bash", "-c", f"{command} | python {ROOT / table}", env={"COLUMNS": "80"})
+    shown = narrow.stdout.splitlines()
+    wanted = ["Experiment", "rev", "gold.win_rate", LR.removeprefix("worlds.")]
+    assert [name for name in wanted if name not in shown[0].split()] == []
+    assert any(name in line and f" {lr}" in line for line in shown for lr, name in grid.items())
+    assert max(map(len, shown)) <= 160
+    rows = list(csv.DictReader(shell(finished, "bash", "-c", command).stdout.splitlines()))
     figures = {row["Experiment"]: row["evaluation.gold.win_rate"] for row in rows}
     assert [figures[grid[lr]] for lr in ("0.25", "0.5")] == ["0.25", "0.5"]
     ranked = [row["Experiment"] for row in rows if row["Experiment"] in grid.values()]

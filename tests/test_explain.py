@@ -91,7 +91,7 @@ def test_the_command_prints_the_heads_and_draws_a_picture(
     done = CliRunner().invoke(app, ["explain", "red $on blue_", "image.webp", "--reward-model", "reward"])
     assert done.exit_code == 0, done.output
     assert all(f"{head:<11}" in done.stdout for head in built.heads) and "untrained" in done.stdout
-    with Image.open("explanation.png") as picture:
+    with Image.open("outputs/explanation.png") as picture:
         assert picture.width == 1320
 
 
@@ -114,9 +114,11 @@ def test_mistakes_say_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.png").write_text("no image")
+    Path("models/reward").mkdir(parents=True)
+    Path("models/reward/config.json").touch()
     with pytest.raises(UserError, match=said):
         CliRunner().invoke(app, ["explain", prompt, path], catch_exceptions=False)
-    assert not Path("explanation.png").exists()
+    assert not Path("outputs/explanation.png").exists()
 
 
 def test_a_model_without_fusion_looks_nowhere(tmp_path: Path, image: np.ndarray) -> None:

@@ -95,7 +95,7 @@ def adapter_folder(model: Path) -> Path:
             return folder
     raise UserError(
         f"{model}: no adapter here; expected {' and '.join(ADAPTER_FILES)}. "
-        "Give the --output folder of `dspo train`, or models/adapter."
+        "Give the --output folder of `dspo train`, or models/adapter, which `make repro` makes."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspo.errors import UserError
-from dspo.options import check_writable, output_file, output_folder, read_config
+from dspo.options import check_reward, check_writable, output_file, output_folder, read_config
 from dspo.params import BaseModelParams, load_params
 from dspo.stages.runner import run
 
@@ -93,6 +93,7 @@ def train(
     from dspo.data.prompts import read_prompts
 
     read_prompts(prompts, world.prompts.max_characters)
+    check_reward(reward_model)
     changed = settings.model_copy(update={"worlds": {settings.world: world}})
     if dry_run:
         from dspo.dry_run import plan_training  # costly
@@ -165,6 +166,8 @@ def import_pairs(
     if layout is not None and layout not in READERS:
         raise UserError(f"--layout {layout}: expected one of {', '.join(READERS)}")
     layout = layout or guess_layout(source)
+    if reward_model is not None:
+        check_reward(reward_model)
     settings = load_params(params)
     world = settings.active
     world = world.model_copy(update={"base": _with_model(world.base, model_name)})
@@ -234,6 +237,7 @@ def compare(
     settings = load_params(params)
     world = settings.active
     wanted = read_prompts(prompts, world.prompts.max_characters)
+    check_reward(reward_model)
     from dspo.batch import adapter_folder  # costly; mistakes above are told at once
     from dspo.preference.dora import check_base
 
@@ -256,11 +260,12 @@ def explain(
     prompt: Annotated[str, typer.Argument(help="the text that the image was made of")],
     image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP file")],
     output: Annotated[Path, typer.Option(callback=output_file, help="picture to write (PNG)")] = Path(
-        "explanation.png"
+        "outputs/explanation.png"
     ),
     reward_model: RewardFolder = Path("models/reward"),
 ) -> None:
     """Score one image by the reward model's heads, and draw where its fusion looked."""
+    check_reward(reward_model)
     from dspo.explain import explain as draw  # costly
 
     said = draw(prompt, image, reward_model, output)

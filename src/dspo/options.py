@@ -1,4 +1,4 @@
-"""What options have in common: ``--config FILE``, and outputs that are tried before the work, not after it."""
+"""What options have in common: ``--config FILE``, and what is tried before the work, not after it."""
 
 import tempfile
 from pathlib import Path
@@ -54,6 +54,15 @@ def output_file(path: Path | None) -> Path | None:
             raise UserError(f"--output {path}: a folder. Give the path of a file.")
         check_writable(path.parent)
     return path
+
+
+def check_reward(folder: Path) -> None:
+    """Raises :class:`UserError` unless ``folder`` holds a reward model."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: no reward model here. `dvc repro train_reward` makes models/reward, and where a remote holds "
+            "it `dvc pull models/reward` fetches it."
+        )
 
 
 def check_writable(folder: Path) -> None:

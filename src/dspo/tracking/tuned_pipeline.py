@@ -44,7 +44,7 @@ class TunedPipeline:
 
 def load(adapter: Path, base: Mapping[str, Any]) -> StableDiffusionXLPipeline:
     """``adapter``: folder in PEFT's format. ``base``: model, revision, variant, vae, vae_revision, dtype, scheduler."""
-    model, revision, dtype = base["model"], base["revision"], {"torch_dtype": getattr(torch, base["dtype"])}
+    model, revision, dtype = base["model"], base["revision"], {"dtype": getattr(torch, base["dtype"])}
     parts = {}
     if base["vae"] is not None:
         parts["vae"] = AutoencoderKL.from_pretrained(
