@@ -35,7 +35,7 @@ def params(**changes: object) -> TrainParams:
 def unet(seed: int = 0) -> UNet2DConditionModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return tiny_unet().eval()
+        return tiny_unet().eval().requires_grad_(False)  # trained weights may be multiplied in another order
 
 
 def inputs(dtype: torch.dtype = torch.float32, n: int = 2) -> dict[str, object]:
@@ -86,7 +86,7 @@ def train_adapter_alone(model: PeftModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_untrained_policy_is_the_reference_to_the_bit(dtype: torch.dtype, dropout: float) -> None:
-    model = unet().to(dtype).requires_grad_(False)  # torch may multiply weights that are trained in another order
+    model = unet().to(dtype)
     before = output(model, dtype)
     adapter = add_dora(model, params(dropout=dropout), seed=0)
     assert all(p.dtype == torch.float32 for p in adapter.parameters.values())
