@@ -109,14 +109,14 @@ def _load(base: BaseModelParams, **components: Any) -> StableDiffusionXLPipeline
     try:
         if single_file:
             pipe = StableDiffusionXLPipeline.from_single_file(
-                base.model, config=SDXL, revision=base.revision or SDXL_REVISION, torch_dtype=dtype, **components
+                base.model, config=SDXL, revision=base.revision or SDXL_REVISION, dtype=dtype, **components
             )
         else:
             pipe = StableDiffusionXLPipeline.from_pretrained(
                 base.model,
                 revision=base.revision,
                 variant=base.variant,
-                torch_dtype=dtype,
+                dtype=dtype,
                 use_safetensors=True,
                 **components,
             )
@@ -133,7 +133,7 @@ def _load_vae(base: BaseModelParams) -> AutoencoderKL:
     assert base.vae is not None
     try:
         vae = AutoencoderKL.from_pretrained(
-            base.vae, revision=base.vae_revision, torch_dtype=DTYPES[base.dtype], use_safetensors=True
+            base.vae, revision=base.vae_revision, dtype=DTYPES[base.dtype], use_safetensors=True
         )
         _check_whole("vae", vae, None)
         return vae

@@ -19,9 +19,10 @@ def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
     """
     if module and (command := launcher()):
         os.execvp(command[0], [*command, "--module", module, *sys.argv[1:]])  # noqa: S606  no shell
-    # Every process says an error; what goes on, the first one tells.
-    level = logging.INFO if rank() == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    # Every process says an error; what goes on, the first one tells, of this package alone: open_clip tells every step.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in ("dspo", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         main(sys.argv[1:])
     except UserError as error:
