@@ -168,6 +168,19 @@ FILES: Json = {
         "base": {"fully_right": 0.53},
         "head_to_head": [],
     },
+    "beside": {
+        "settings": {"prompts": 300, "images_per_prompt": 2},
+        "base": {"fully_right": 0.55, "gold": 0.5},
+        "rows": [
+            {
+                "name": "100 pairs",
+                "against_base": CONTEST,
+                "fully_right": 0.58,
+                "fully_right_gain": {"value": 0.03, "low": 0.01, "high": 0.05},
+                "training_seconds": 80.2,
+            }
+        ],
+    },
     "overopt": {
         "rows": [
             {
@@ -443,6 +456,8 @@ def test_every_study_has_its_table() -> None:
     assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
     losses = next(table for table in tables if "Losses" in table.title)
     assert losses.rows[0][2] == "0.60* (0.50 to 0.70)" and losses.rows[1][5] == "ran away"
+    beside = next(table for table in tables if table.title.startswith("What else"))
+    assert beside.rows[0][2:] == ["0.580", "+3.0 (1.0 to 5.0)", "80"]
     seeds = next(table for table in tables if "seeds" in table.title)
     assert [row[:3] for row in seeds.rows] == [["sft", "0.70 (0.60 to 0.80)", "0.65 (0.60 to 0.70)"], ["dpo", "–", "–"]]
 
