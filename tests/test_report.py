@@ -24,7 +24,7 @@ from dspo.reporting.gates import main as gates_main
 from dspo.reporting.page import verdict
 from dspo.reporting.pictures import SHOWN, choose, data_uri, differences
 from dspo.reporting.studies import STUDIES, study_tables
-from dspo.reporting.summary import summarise
+from dspo.reporting.summary import SAME_RATINGS, summarise
 from dspo.reporting.tables import words
 from dspo.stages.report import INPUTS
 from dspo.stages.report import main as report_main
@@ -372,10 +372,10 @@ def test_bounds_known_to_be_missed_are_excused_by_name(tmp_path: Path, capsys: p
     assert "no such bound: no such" in capsys.readouterr().err
 
 
-def test_the_plain_head_of_another_reward_model_is_no_figure_of_this_one() -> None:
-    ablation = {"full_macro_f1": PART["macro_f1"], "plain_head_macro_f1": 0.7}
+def test_a_plain_head_of_other_ratings_is_no_figure_of_these() -> None:
+    ablation = {**{name: PART[name] for name in SAME_RATINGS}, "plain_head_macro_f1": 0.7}
     assert summarise(GOOD, REWARD, TRAINING, ablation)["reward_model"]["plain_head_macro_f1"] == 0.7
-    ablation["full_macro_f1"] -= 0.01
+    ablation["n_pairs"] += 1
     assert summarise(GOOD, REWARD, TRAINING, ablation)["reward_model"]["plain_head_macro_f1"] is None
 
 

@@ -6,14 +6,14 @@ from typing import Any
 from dspo.reward.report import judged_part
 
 Json = Mapping[str, Any]
-SAME_MODEL = 1e-3  # of macro-F1: the same training on another number of threads differs by less
+SAME_RATINGS = ("n_pairs", "ceiling_macro_f1")
 
 
 def summarise(results: Json, reward_report: Json, training: Json, ablation: Json | None) -> dict[str, Any]:
     """What ``reports/summary.json`` holds. ``None`` where the world has no gold judge or the study was not run.
 
     ``results``: of the stage evaluate; ``reward_report``: of train_reward; ``training``: metrics.json of train;
-    ``ablation``: the committed reports/studies/ablation.json; its plain head counts where its full model is this one.
+    ``ablation``: the committed reports/studies/ablation.json; its plain head counts where it was judged on the same ratings.
     """
     tuned = results["tuned_against_base"]
     reward = judged_part(reward_report)
@@ -35,15 +35,15 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
             "constant_f1": reward["constant_f1"],
             "n_pairs": reward["n_pairs"],
             "n_prompts": reward["n_prompts"],
-            "plain_head_macro_f1": plain_head(reward["macro_f1"], ablation),
+            "plain_head_macro_f1": plain_head(reward, ablation),
         },
         "train": {"loss": training["train_loss"], "steps": training["steps"], "pairs": training["pairs"]},
     }
 
 
-def plain_head(macro_f1: float, ablation: Json | None) -> float | None:
-    """Macro-F1 of the ablation's plain head; None where the ablation is missing or of another reward model."""
-    if ablation is None or abs(ablation["full_macro_f1"] - macro_f1) > SAME_MODEL:
+def plain_head(reward: Json, ablation: Json | None) -> float | None:
+    """Macro-F1 of the ablation's plain head; None where the ablation is missing or was judged on other ratings."""
+    if ablation is None or any(ablation[name] != reward[name] for name in SAME_RATINGS):
         return None
     figure: float = ablation["plain_head_macro_f1"]
     return figure
