@@ -13,7 +13,7 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
     """What ``reports/summary.json`` holds. ``None`` where the world has no gold judge or the study was not run.
 
     ``results``: of the stage evaluate; ``reward_report``: of train_reward; ``training``: metrics.json of train;
-    ``ablation``: the committed reports/studies/ablation.json; its plain head counts where it was judged on the same ratings.
+    ``ablation``: the committed reports/studies/ablation.json; its plain head counts where it saw the same ratings.
     """
     tuned = results["tuned_against_base"]
     reward = judged_part(reward_report)
