@@ -59,7 +59,7 @@ losses: setup ## the preference losses beside each other, tuned on validation, f
 	  --candidates data/candidates --pairs data/pairs --reward models/reward --second-judge models/shapes-judge --output reports/studies $(STUDY)
 	cp reports/studies/losses.json reports/losses.json
 
-loss-seeds: setup ## the losses at their own settings over three training seeds, as a matrix of DVC stages
+loss-seeds: setup ## the losses at their own settings over two training seeds, as a matrix of DVC stages
 	dvc repro pipelines/losses/dvc.yaml
 	cp pipelines/losses/loss_seeds.* reports/studies/
 

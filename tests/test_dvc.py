@@ -157,6 +157,13 @@ def test_experiments_are_run_shown_and_compared(root: Path) -> None:
     assert metrics["lr"]["new"] == 0.5
 
 
+def test_experiments_run_in_the_queue_and_in_copies(root: Path) -> None:
+    run(root, "dvc", "exp", "run", "--quiet", "--queue", "--name", "queued", "--set-param", CHANGE)
+    run(root, "dvc", "exp", "run", "--quiet", "--run-all")
+    assert "queued" in run(root, "dvc", "exp", "list", "--name-only").split()
+    assert run(root, "git", "status", "--porcelain") == ""
+
+
 def test_the_switch_of_the_world_is_one_parameter(root: Path) -> None:
     (root / "data/raw/sdxl-rated.parquet").write_text("")
     run(root, "dvc", "exp", "run", "--quiet", "--set-param", "world=sdxl")
@@ -169,3 +176,17 @@ def test_plots_are_drawn_from_the_declared_columns(finished: Path, tmp_path: Pat
     assert "errors" not in drawn
     names = {plot if isinstance(plot, str) else next(iter(plot)) for plot in PIPELINE["plots"]}
     assert {name.removeprefix("dvc.yaml::") for name in drawn["data"]} == names
+
+
+def test_what_was_pushed_is_pulled_into_a_clone_and_the_adapter_alone_too(root: Path, tmp_path: Path) -> None:
+    run(root, "dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    run(root, "git", "commit", "--quiet", "--all", "--message", "remote")
+    run(root, "dvc", "push", "--quiet")
+    run(tmp_path, "git", "clone", "--quiet", str(root), "clone")
+    run(tmp_path / "clone", "dvc", "pull", "--quiet")
+    assert "didn't change, skipping" in run(tmp_path / "clone", "dvc", "repro")
+    run(root, "git", "tag", "--annotate", "adapter@v1.0.0", "--message", "a version of the artifact")
+    run(tmp_path, "dvc", "get", str(root), "models/adapter", "--out", "by-path")
+    run(tmp_path, "dvc", "artifacts", "get", str(root), "adapter", "--out", "by-version")
+    for name in ("by-path", "by-version"):
+        assert (tmp_path / name / "stage.json").exists()
