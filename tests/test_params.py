@@ -47,7 +47,7 @@ def test_shipped_file_is_valid_in_every_world(tmp_path):
         ("worlds.shapes.generate.samplers", [], "worlds.shapes.generate.samplers"),
         ("worlds.shapes.prompts.test_share", 0.95, "worlds.shapes.prompts: .*must stay below 1"),
         ("worlds.shapes.score.validation_share", 0, "worlds.shapes.score.validation_share: Input should be greater"),
-        ("worlds.shapes.evaluate.tie_band", 0.02, "shapes: .*tie_band must be 0.4 .* which is 0.0116"),
+        ("worlds.shapes.evaluate.tie_band", 0.02, "shapes: .*tie_band must be 0.4 .* which is 0.0136"),
         ("seed", -1, "seed: Input should be greater than or equal to 0"),
         ("world", "SHAPES", "world: 'SHAPES' is none of"),
     ],

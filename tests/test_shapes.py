@@ -40,7 +40,7 @@ from dspo.shapes.render import (
     shading,
 )
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
-from dspo.shapes.web import CLEAN, FAULTS, web_picture
+from dspo.shapes.web import CLEAN, FAULTS, cluttered, web_picture
 
 REQUESTS = [random_request(np.random.default_rng(i)) for i in range(40)]
 SCENES = [random_scene(request, np.random.default_rng(100 + i)) for i, request in enumerate(REQUESTS)]
@@ -217,6 +217,21 @@ def test_pictures_of_the_web_carry_the_faults_that_their_words_name() -> None:
         assert (picture.words == CLEAN) == np.array_equal(picture.pixels, render_float(picture.scene))
     for i, fault in enumerate(FAULTS):
         assert np.mean([p.strengths[i] > 0 for p in drawn]) == pytest.approx(fault.share, abs=0.06)
+
+
+def test_clutter_is_one_object_more_which_gold_counts_and_nothing_else_suffers_from() -> None:
+    more = 0
+    for number in range(60):
+        request, rng = REQUESTS[number % 40], np.random.default_rng(number)
+        scene = random_scene(request, rng)
+        full = cluttered(scene, rng)
+        assert full.objects[: len(scene.objects)] == scene.objects
+        if full != scene:
+            more += 1
+            scores = judge(render(full), request.prompt()).attributes
+            assert scores.pop("count") < 0.5
+            assert min(scores.values()) > 0.5
+    assert more > 50
 
 
 def test_patch_contents_are_what_the_scene_shows() -> None:

@@ -1,14 +1,24 @@
 """The committed studies as tables: what their JSON files hold, without the parts that only programs read."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-from dspo.reporting.tables import JUDGES, NONE, Json, Table, interval, number, rate
+from dspo.data.files import whole_file, write_json
+from dspo.reporting.tables import JUDGES, NONE, Json, Table, interval, markdown, number, rate
 
 
 def study_tables(studies: Json) -> list[Table]:
     """One table for each study that was run; ``studies``: name -> what its file holds."""
     return [_TABLES[name](studies[name]) for name in _TABLES if name in studies]
+
+
+def write_study(name: str, study: Json, folder: Path) -> None:
+    """``NAME.json``, and ``NAME.md`` with the table that the report's page shows of it."""
+    write_json(study, folder / f"{name}.json")
+    (shown,) = study_tables({name: study})
+    with whole_file(folder / f"{name}.md") as partial:
+        partial.write_text(markdown(shown) + "\n", encoding="utf-8")
 
 
 def _losses(study: Json) -> Table:

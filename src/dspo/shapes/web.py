@@ -1,16 +1,17 @@
-"""Pictures as a base model meets them: right in what they show, and nearly all with faults of pictures in the wild.
+"""Pictures as a base model meets them: they show what the caption says, often more than that, and nearly all of them
+have faults of pictures in the wild.
 
-A large base learns from whatever the web holds, the washed-out and the crooked with the good, and samples all of it;
-preference tuning is what moves it to the good part. So the small base learns from faulty pictures too.
+A large base learns from whatever the web holds, the washed-out, the crooked and the cluttered with the good, and
+samples all of it; preference tuning is what moves it to the good part. So the small base learns from such pictures too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dspo.shapes.defects import Picture, spoil
-from dspo.shapes.grammar import Request
-from dspo.shapes.render import Scene, random_scene, render_float
+from dspo.shapes.grammar import COLOURS, PATTERNS, SHAPES, Request
+from dspo.shapes.render import MARGIN, RADII, SIDE, Object, Scene, extent, random_scene, render_float
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ FAULTS = (
     Fault("warp", 0.80, 0.05, 0.35, "crooked"),
     Fault("blur", 0.80, 0.2, 0.7, "blurred"),
 )
+CLUTTER = 0.3  # share of pictures with a further object, of which captions never speak, if there is room for it
+PLACES_TRIED = 30
 CLEAN = "clean"  # the word for a picture without a fault
 QUALITY_WORDS = (*(fault.word for fault in FAULTS), CLEAN)
 
@@ -46,8 +49,10 @@ class WebPicture:
 
 
 def web_picture(request: Request, rng: np.random.Generator) -> WebPicture:
-    """A picture of the request: right in every attribute, but not always well made."""
+    """A picture of the request: right in every attribute, but often with more on it, and not always well made."""
     scene = random_scene(request, rng)
+    if rng.random() < CLUTTER:
+        scene = cluttered(scene, rng)
     pixels = render_float(scene)
     strengths = []
     for fault in FAULTS:
@@ -56,6 +61,20 @@ def web_picture(request: Request, rng: np.random.Generator) -> WebPicture:
         if strength:
             pixels = spoil(pixels, fault.kind, strength, rng)
     return WebPicture(pixels, scene, tuple(strengths))
+
+
+def cluttered(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with a further small object apart from the others; the scene itself if no place for it is found."""
+    radius = float(rng.uniform(*RADII["small"]))
+    shape, pattern = str(rng.choice(SHAPES)), str(rng.choice(PATTERNS))
+    colour = str(rng.choice([name for name in COLOURS if name != scene.background]))
+    left, right, up, down = (MARGIN + reach for reach in extent(shape, radius))
+    for _ in range(PLACES_TRIED):
+        x, y = float(rng.uniform(left, SIDE - right)), float(rng.uniform(up, SIDE - down))
+        apart = [max(extent(o.shape, o.radius)) + max(left, right, up, down) for o in scene.objects]
+        if all(np.hypot(o.x - x, o.y - y) > least for o, least in zip(scene.objects, apart, strict=True)):
+            return replace(scene, objects=(*scene.objects, Object(shape, colour, pattern, x, y, radius)))
+    return scene
 
 
 def web_pixels(request: Request, rng: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspo.data.files import whole_file, write_json
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import read_prompts
 from dspo.diffusion.base import local_files
@@ -25,8 +24,7 @@ from dspo.evaluation.judges import FULLY_RIGHT
 from dspo.evaluation.statistics import mean, win_rate
 from dspo.params import Params, load_params
 from dspo.preference.dataset import load_pairs
-from dspo.reporting.studies import study_tables
-from dspo.reporting.tables import markdown
+from dspo.reporting.studies import write_study
 from dspo.stages.runner import run
 from dspo.studies.arms import GOLD, PROXY
 from dspo.studies.common import fresh_prompts, load_judges, study_folder
@@ -62,10 +60,7 @@ def main(argv: list[str]) -> None:
         "settings": {"prompts": args.prompts_judged, "images_per_prompt": args.images},
         **compared(trials, fresh, params),
     }
-    write_json(report, args.output / "beside.json")
-    (shown,) = study_tables({"beside": report})
-    with whole_file(args.output / "beside.md") as partial:
-        partial.write_text(markdown(shown) + "\n", encoding="utf-8")
+    write_study("beside", report, args.output)
 
 
 def compared(trials: Trials, fresh: PromptSet, params: Params) -> dict[str, Any]:

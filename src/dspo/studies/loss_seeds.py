@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from dspo.data.files import whole_file, write_json
+from dspo.data.files import whole_file
 from dspo.data.keys import keyed_seed
 from dspo.evaluation.judges import FULLY_RIGHT, SECOND
 from dspo.evaluation.statistics import head_to_head, win_rate
 from dspo.evaluation.tables import write_csv
 from dspo.params import Params, load_params
 from dspo.reporting.plots import save_png, seeds_plot
-from dspo.reporting.studies import study_tables
-from dspo.reporting.tables import markdown
+from dspo.reporting.studies import write_study
 from dspo.stages.runner import arguments, run
 from dspo.studies.arms import GOLD
 from dspo.studies.loss_cell import Study, load_study, read_cell
@@ -42,16 +41,13 @@ def main(argv: list[str]) -> None:
     }
 
     report = summarise(cells, base, study, params)
-    write_json(report, paths.output / "loss_seeds.json")
+    write_study("loss_seeds", report, paths.output)
     rows = [
         {"loss": loss, "seed": seed, **row}
         for loss, arm in report["arms"].items()
         for seed, row in arm["seeds"].items()
     ]
     write_csv(rows, list(rows[0]), paths.output / "loss_seeds.csv")
-    (shown,) = study_tables({"loss_seeds": report})
-    with whole_file(paths.output / "loss_seeds.md") as partial:
-        partial.write_text(markdown(shown) + "\n", encoding="utf-8")
     with whole_file(paths.output / "loss_seeds.png") as partial:
         save_png(seeds_plot(report), partial)
 

@@ -11,7 +11,6 @@ it was killed. Adapters are those of the last epoch, and trials are chosen by th
 import argparse
 from pathlib import Path
 
-from dspo.data.files import whole_file, write_json
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import read_prompts, read_split
 from dspo.diffusion.base import local_files
@@ -19,8 +18,7 @@ from dspo.environment import processes
 from dspo.evaluation.tables import write_csv
 from dspo.params import TrainParams, load_params
 from dspo.preference.dataset import load_pairs
-from dspo.reporting.studies import study_tables
-from dspo.reporting.tables import markdown
+from dspo.reporting.studies import write_study
 from dspo.stages.runner import run
 from dspo.studies.arms import ARMS, GOLD, Outcome, best, tune
 from dspo.studies.common import fresh_prompts, load_judges, study_folder
@@ -94,12 +92,9 @@ def main(argv: list[str]) -> None:
         "tuning": {arm: [fared(outcome) for outcome in outcomes] for arm, outcomes in tuning.items()},
         "at_the_drift_of_sft": matched_drift(tuning, [prompt.id for prompt in validation.prompts], params),
     }
-    write_json(report, args.output / "losses.json")
+    write_study("losses", report, args.output)
     rows = [{"arm": name, **flat(row)} for name, row in report["arms"].items()]
     write_csv(rows, list(rows[0]), args.output / "losses.csv")
-    (shown,) = study_tables({"losses": report})
-    with whole_file(args.output / "losses.md") as partial:
-        partial.write_text(markdown(shown) + "\n", encoding="utf-8")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
