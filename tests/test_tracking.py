@@ -405,6 +405,12 @@ def test_what_a_silent_server_did_not_get_is_sent_later(root: Path, uri: str, si
     assert sorted(run.data.params["train.lr"] for run in parents(uri)) == ["0.1", "0.3"]
 
 
+def test_a_dead_database_server_is_asked_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow.store.db.utils.time.sleep", lambda _: pytest.fail("MLflow tries again"))
+    with pytest.raises(UserError, match="dspo sync"):
+        sync("postgresql+psycopg://mlflow:mlflow@127.0.0.1:9/mlflow", root)  # nothing listens there
+
+
 class Killed(BaseException):
     """No code of the project or of MLflow catches it."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dspo.data.keys import keyed_uniform
 from dspo.params import LossName, Params, TrainParams
-from dspo.studies.trials import PromptSet, Recipe, Result, Trials
+from dspo.studies.trials import PromptSet, Recipe, Result, Trials, equal_steps
 
 GOLD, PROXY = "gold_overall", "reward_overall"
 LEARNING_RATES = (1.0, 3.0)  # times the world's, for losses that have a strength of their own
@@ -67,7 +67,7 @@ def tune(arm: Arm, count: int, params: Params, trials: Trials, on: PromptSet) ->
 def grid(arm: Arm, train: TrainParams, pairs: int, pairs_of_arm: int) -> list[TrainParams]:
     """Eight settings: learning rate times own strength, or learning rates alone; all take the same number of steps."""
     fixed = {"loss": arm.loss, "random_labels": False, **arm.changes}
-    fixed["epochs"] = max(1, round(train.epochs * pairs / pairs_of_arm))
+    fixed["epochs"] = equal_steps(train.epochs, pairs, pairs_of_arm)
     if arm.strength is None:
         return [train.model_copy(update=fixed | {"lr": train.lr * rate}) for rate in LEARNING_RATES_ALONE]
     return [

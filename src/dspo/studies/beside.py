@@ -28,7 +28,7 @@ from dspo.reporting.studies import write_study
 from dspo.stages.runner import run
 from dspo.studies.arms import GOLD, PROXY
 from dspo.studies.common import fresh_prompts, load_judges, study_folder
-from dspo.studies.trials import PromptSet, Recipe, Result, Trials, first_pairs
+from dspo.studies.trials import PromptSet, Recipe, Result, Trials, equal_steps, first_pairs
 
 PAIR_COUNTS = (100, 200, 400, 800)
 BEST_OF = 4
@@ -82,9 +82,7 @@ def recipes(params: Params, counts: dict[str, int]) -> dict[str, Recipe]:
     train = params.active.train
     of_sets = {
         f"{count} pairs": Recipe(
-            name,
-            train.model_copy(update={"epochs": max(1, round(train.epochs * counts["reward"] / count))}),
-            params.seed,
+            name, train.model_copy(update={"epochs": equal_steps(train.epochs, counts["reward"], count)}), params.seed
         )
         for name, count in counts.items()
     }

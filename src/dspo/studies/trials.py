@@ -153,6 +153,11 @@ class Trials:
         return torch.cat(distances).mean().item()
 
 
+def equal_steps(epochs: int, of_pairs: int, pairs: int) -> int:
+    """Epochs over ``pairs`` pairs that take about as many steps as ``epochs`` over ``of_pairs``."""
+    return max(1, round(epochs * of_pairs / pairs))
+
+
 def first_pairs(pairs: Pairs, count: int) -> Pairs:
     return rows_of(pairs, torch.arange(min(count, len(pairs))))
 

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -35,6 +37,8 @@ def connect(uri: str, create: bool = False) -> MlflowClient:
                 raise FileNotFoundError(f"{file}: no such file. `dspo sync` writes it, after `dvc repro`.")
             _find_artifacts(file)
             uri = f"sqlite:///{file}"
+        elif urlsplit(uri).scheme.partition("+")[0] in DATABASE_ENGINES:
+            _knock(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (ValueError, ImportError, sqlite3.Error) as error:
         raise ConnectionError(f"{error}. Set MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:////FILE.db") from error
@@ -60,6 +64,13 @@ def _find_artifacts(database: Path) -> None:
                     f"where substr({column} || '/', 1, ?) = ?",
                     [place, len(before) + 1, len(before) + 1, f"{before}/"],
                 )
+
+
+def _knock(database: str) -> None:
+    """Raise SQLAlchemyError where no database server answers; MLflow itself would try for minutes."""
+    engine = create_engine(database)
+    engine.connect().close()
+    engine.dispose()
 
 
 def patience(seconds: int, retries: int) -> None:
