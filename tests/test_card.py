@@ -128,7 +128,7 @@ def test_the_data_statement_counts_what_is_there() -> None:
     assert "| train | 50 | 20 | 0.100 | 0.500 |" in statement
     assert "5 raters a pair" in statement and "temperature 0.034" in statement and "11% ties" in statement
     assert "wrong taste 0.5" in statement and "macro-F1 of 0.904" in statement
-    assert "2400 images of `models/shapes-sdxl`" in statement and "| held out | 30 |" in statement
+    assert "3000 images of `models/shapes-sdxl`" in statement and "| held out | 30 |" in statement
     assert "Candidates were made of 299 training prompts" in statement
     assert "ddim, 12 steps, guidance 3; dpmpp_2m, 12 steps, guidance 3" in statement
     assert "No data of people" in statement
