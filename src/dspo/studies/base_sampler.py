@@ -1,7 +1,8 @@
 """Find the base's own best sampler setting by the gold judge, on validation prompts: `make sampler`.
 
 Tuned and base are judged there, so that a gain is not the gain of a better guidance scale. The result stands in
-reports/studies/base.json, and the chosen setting in params.yaml (worlds.shapes.evaluate.sampler).
+reports/studies/base.json, and the chosen setting in params.yaml (worlds.shapes.evaluate.sampler): of those that no
+interval tells from the best, one with the fewest steps.
 """
 
 import argparse
