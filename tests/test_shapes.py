@@ -40,7 +40,7 @@ from dspo.shapes.render import (
     shading,
 )
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
-from dspo.shapes.web import CLEAN, FAULTS, cluttered, web_picture
+from dspo.shapes.web import CLEAN, CLUTTER, FAULTS, cluttered, web_picture
 
 REQUESTS = [random_request(np.random.default_rng(i)) for i in range(40)]
 SCENES = [random_scene(request, np.random.default_rng(100 + i)) for i, request in enumerate(REQUESTS)]
@@ -215,6 +215,8 @@ def test_pictures_of_the_web_carry_the_faults_that_their_words_name() -> None:
         named = {fault.word for fault, strength in zip(FAULTS, picture.strengths, strict=True) if strength}
         assert set(picture.words.split()) == (named or {CLEAN})
         assert (picture.words == CLEAN) == np.array_equal(picture.pixels, render_float(picture.scene))
+    more = [len(p.scene.objects) - len(REQUESTS[i % 40].objects) for i, p in enumerate(drawn)]
+    assert set(more) == {0, 1} and np.mean(more) == pytest.approx(CLUTTER, abs=0.06)
     for i, fault in enumerate(FAULTS):
         assert np.mean([p.strengths[i] > 0 for p in drawn]) == pytest.approx(fault.share, abs=0.06)
 

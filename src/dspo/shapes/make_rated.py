@@ -28,7 +28,7 @@ from dspo.shapes.render import SIDE, random_scene, render_float
 from dspo.shapes.render import Image as Pixels
 
 BASE_SAMPLES = 3
-SAMPLERS = (  # as candidates are sampled, and with less guidance, so that the reward model also meets worse pictures
+SAMPLERS = (  # with the candidates' guidance, and with less, so that the reward model also meets worse pictures
     SamplerParams(scheduler="ddim", steps=12, guidance_scale=1.0),
     SamplerParams(scheduler="dpmpp_2m", steps=12, guidance_scale=1.0),
     SamplerParams(scheduler="ddim", steps=12, guidance_scale=2.0),
