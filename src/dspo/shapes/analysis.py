@@ -1,7 +1,8 @@
 """What is on a picture of `shapes`, measured from pixels: ground, objects, outlines, patterns.
 
-Nothing here knows the prompt, and nothing is trained: the ground is what the border shows, objects are connected
-regions that differ from it, and each object is compared with rendered outlines and patterns.
+Nothing here knows the prompt, and nothing is trained: the ground is what the border shows, be it shaded evenly across
+the picture; objects are connected regions that differ from it, and each is compared with rendered outlines and
+patterns. A region that two outlines explain much better than one is two objects that touch.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dspo.shapes.grammar import SHAPES
 from dspo.shapes.render import DOT_PERIOD, SHADE, SIDE, STRIPE_PERIOD, coverage, shading, signed_distance
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Place = tuple[float, float, float]  # centre (x, y) and radius of the circle of equal area, pixels
 
 _LMS = np.array(
     [
@@ -33,7 +36,14 @@ _LAB = np.array(
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
 
 DIFFERENT = 0.055  # OKLab distance from the ground at which a pixel counts as something else
+HALO = 0.2  # share of an object's distance from the ground below which a pixel is beside it, no part of it
 LEAST_AREA = 40  # pixels; smaller regions are specks, no objects (the smallest object has 130)
+MOST_OBJECTS = 4
+WELL_EXPLAINED = 0.85  # overlap with one outline from which on a region is one object
+BETTER = 0.1  # two objects instead of one must overlap with their outlines better by so much
+TWO_COLOURS = 0.06  # OKLab distance of two chromas, less than the palette's nearest two have
+DEEPEST_NECK = 5  # pixels taken off all around a region to see whether it falls apart
+ITERATIONS = 8
 # Where a pattern may begin, (x, y) in half pixels over a period: dots have two directions, stripes one.
 _PHASES = {
     "striped": np.array([(0.0, y) for y in np.arange(0.0, STRIPE_PERIOD, 0.5)]),
@@ -88,61 +98,159 @@ def analyse(image: NDArray[np.uint8]) -> Analysis:
     """Measure a picture, uint8 [64, 64, 3]."""
     rgb = image.astype(np.float64) / 255
     lab = oklab(rgb)
-    border = np.concatenate([lab[:2].reshape(-1, 3), lab[-2:].reshape(-1, 3), lab[2:-2, [0, 1, -2, -1]].reshape(-1, 3)])
-    ground = np.median(border, axis=0)
-    ground_rgb = np.median(rgb[np.linalg.norm(lab - ground, axis=-1) < DIFFERENT].reshape(-1, 3), axis=0)
-    difference = np.linalg.norm(lab - ground, axis=-1)
-    regions, number = ndimage.label(ndimage.binary_opening(difference > DIFFERENT))
-    areas = ndimage.sum_labels(np.ones_like(difference), regions, np.arange(1, number + 1))
-    order = [int(i) + 1 for i in np.argsort(-areas, kind="stable") if areas[i] >= LEAST_AREA][:4]
-    objects = tuple(_see(rgb, difference, regions == i, ground, ground_rgb) for i in order)
+    shaded = _shaded_ground(rgb)
+    difference = np.linalg.norm(lab - oklab(shaded), axis=-1)
+    bare = difference < DIFFERENT
+    ground, ground_rgb = np.median(lab[bare], axis=0), np.median(rgb[bare], axis=0)
+    regions = [part for region in _regions(difference > DIFFERENT) for part in _without_halo(difference, region)]
+    seen = [_see(rgb, part, shaded) for region in regions for part in _parts(lab, _part(difference, region))]
+    objects = tuple(sorted(seen, key=lambda o: -o.radius)[:MOST_OBJECTS])
     covered = np.max([o.outline for o in objects], axis=0) if objects else np.zeros((SIDE, SIDE))
     distance = ndimage.distance_transform_edt(covered < 0.02)
     plain, near = distance > 3.0, (distance > 0.5) & (distance <= 3.0)
+    uneven = np.linalg.norm(lab - ground, axis=-1)
     return Analysis(
         ground=ground,
         ground_rgb=ground_rgb,
-        ground_noise=float(np.sqrt(np.mean(difference[plain] ** 2))) if plain.any() else 1.0,
+        ground_noise=float(np.sqrt(np.mean(uneven[plain] ** 2))) if plain.any() else 1.0,
         halo=float(np.sqrt(np.mean(difference[near] ** 2))) if near.any() else 0.0,
         unexplained=float(np.mean((difference > DIFFERENT) & (distance > 1.0))),
         objects=objects,
     )
 
 
-def _see(rgb: Array, difference: Array, region: NDArray[np.bool_], ground: Array, ground_rgb: Array) -> SeenObject:
+def _shaded_ground(rgb: Array) -> Array:
+    """The plane through the border's colours, sRGB [SIDE, SIDE, 3].
+
+    Least absolute deviations, by reweighting, so that an object that reaches the border does not tilt it.
+    """
+    border = np.ones((SIDE, SIDE), dtype=bool)
+    border[2:-2, 2:-2] = False
+    plane = np.stack([np.ones_like(_X), _X / SIDE - 0.5, _Y / SIDE - 0.5], axis=-1)
+    places, colours = plane[border], rgb[border]
+    fit = np.stack([np.median(colours, axis=0), np.zeros(3), np.zeros(3)])
+    for _ in range(ITERATIONS):
+        root = np.maximum(np.linalg.norm(colours - places @ fit, axis=-1, keepdims=True), 0.005) ** -0.5
+        fit = np.linalg.lstsq(places * root, colours * root, rcond=None)[0]
+    return np.asarray(np.clip(plane @ fit, 0.0, 1.0))
+
+
+def _regions(mask: Mask) -> list[Mask]:
+    """Connected parts of a mask, specks left out."""
+    labels, number = ndimage.label(ndimage.binary_opening(mask))
+    regions = (labels == i for i in range(1, number + 1))
+    return [region for region in regions if region.sum() >= LEAST_AREA]
+
+
+def _without_halo(difference: Array, region: Mask) -> list[Mask]:
+    """The region without its faint pixels; what they alone joined falls apart."""
+    return _regions(region & (difference > HALO * np.quantile(difference[region], 0.75)))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A region that is taken for one object."""
+
+    region: Mask
+    difference: Array  # from the ground; 0 where a neighbour that touches the object lies
+    overlap: dict[str, float]  # as in SeenObject
+    places: dict[str, Place]  # of each shape's best-fitting outline
+
+    @property
+    def likeness(self) -> float:
+        return max(self.overlap.values())
+
+
+def _part(difference: Array, region: Mask) -> _Part:
     cover = _soft_mask(difference, region)
-    area = cover.sum()
-    x, y = float((cover * _X).sum() / area), float((cover * _Y).sum() / area)
-    radius = float(np.sqrt(area / np.pi))
-    overlap, fits = {}, {}
+    area = float(cover.sum())
+    start = float((cover * _X).sum() / area), float((cover * _Y).sum() / area), float(np.sqrt(area / np.pi))
+    overlap, places = {}, {}
     for shape in SHAPES:
-        overlap[shape], fits[shape] = _fit(shape, cover, x, y, radius)
-    best = max(SHAPES, key=lambda s: overlap[s])
-    fx, fy, fr = fits[best]
+        overlap[shape], places[shape] = _fit(shape, cover, start)
+    return _Part(region, difference, overlap, places)
+
+
+def _parts(lab: Array, whole: _Part) -> list[_Part]:
+    """The part itself, or those that explain it better than it does alone."""
+    best, parts = whole.likeness + BETTER, None
+    if whole.likeness < WELL_EXPLAINED:
+        for cut in (*_by_colour(lab, whole.region), *_by_neck(whole.region)):
+            one, other = (_part(np.where(cut[1 - i], 0.0, whole.difference), cut[i]) for i in (0, 1))
+            shares = [part.region.sum() / whole.region.sum() for part in (one, other)]
+            likeness = shares[0] * one.likeness + shares[1] * other.likeness
+            if likeness > best:
+                best, parts = likeness, (one, other)
+    return [whole] if parts is None else [smaller for part in parts for smaller in _parts(lab, part)]
+
+
+def _by_colour(lab: Array, region: Mask) -> list[tuple[Mask, Mask]]:
+    """The region cut in two by chroma, which a pattern hardly changes, if it has two: two means on the main axis."""
+    chroma = lab[region][:, 1:]
+    along = chroma @ np.linalg.svd(chroma - chroma.mean(axis=0), full_matrices=False)[2][0]
+    if np.ptp(along) < TWO_COLOURS:
+        return []
+    middle = (along.min() + along.max()) / 2
+    for _ in range(ITERATIONS):
+        high, low = along[along > middle].mean(), along[along <= middle].mean()
+        middle = (high + low) / 2
+    if high - low < TWO_COLOURS:
+        return []
+    side = np.zeros_like(region)
+    side[region] = along > middle
+    return _grown(region, ndimage.binary_opening(side), ndimage.binary_opening(region & ~side))
+
+
+def _by_neck(region: Mask) -> list[tuple[Mask, Mask]]:
+    """The region cut in two at a narrow place, if it has one."""
+    core = region
+    for _ in range(DEEPEST_NECK):
+        core = ndimage.binary_erosion(core)
+        labels, number = ndimage.label(core)
+        if number >= 2:
+            areas = ndimage.sum_labels(core, labels, np.arange(1, number + 1))
+            first, second = np.argsort(-areas, kind="stable")[:2] + 1
+            return _grown(region, labels == first, labels == second)
+    return []
+
+
+def _grown(region: Mask, one: Mask, other: Mask) -> list[tuple[Mask, Mask]]:
+    """The region divided by which of two seeds is nearer; nothing if a part would be a speck."""
+    if not one.any() or not other.any():
+        return []
+    nearer = ndimage.distance_transform_edt(~one) < ndimage.distance_transform_edt(~other)
+    cut = region & nearer, region & ~nearer
+    return [cut] if min(part.sum() for part in cut) >= LEAST_AREA else []
+
+
+def _see(rgb: Array, part: _Part, ground_rgb: Array) -> SeenObject:
+    best = max(SHAPES, key=lambda s: part.overlap[s])
+    fx, fy, fr = part.places[best]
     outline = coverage(best, fx, fy, fr)
     distance = signed_distance(best, _X - fx, _Y - fy, fr)
     inside = distance < -1.0
     if inside.sum() < 12:
-        inside = region
+        inside = part.region
     pattern, light, unevenness, shade = _read_pattern(rgb, inside, fx, fy)
     colour = oklab(light)
     drawn = light * (1 - (1 - SHADE) * shade[..., None]) * outline[..., None] + ground_rgb * (1 - outline[..., None])
+    ground = oklab(ground_rgb)
     ideal = np.linalg.norm(oklab(drawn) - ground, axis=-1)
     return SeenObject(
         x=fx,
         y=fy,
         radius=fr,
-        overlap=overlap,
+        overlap=part.overlap,
         colour=colour,
         rgb=light,
         pattern=pattern,
         unevenness=unevenness,
         outline=outline,
-        edge_width=_edge_width(difference, ideal, distance, float(np.linalg.norm(colour - ground))),
+        edge_width=_edge_width(part.difference, ideal, distance, np.linalg.norm(colour - ground, axis=-1)),
     )
 
 
-def _soft_mask(difference: Array, region: NDArray[np.bool_]) -> Array:
+def _soft_mask(difference: Array, region: Mask) -> Array:
     """Coverage of each pixel by the region: 1 inside; at the rim a share of the nearest inner pixel's."""
     core = ndimage.binary_erosion(region)
     if not core.any():
@@ -153,19 +261,20 @@ def _soft_mask(difference: Array, region: NDArray[np.bool_]) -> Array:
     return np.where(core, 1.0, np.where(rim, share, 0.0))
 
 
-def _fit(shape: str, cover: Array, x: float, y: float, radius: float) -> tuple[float, tuple[float, float, float]]:
-    """Best overlap of an outline with the mask, by shifts and then scales, coarse and then fine.
+def _fit(shape: str, cover: Array, start: Place) -> tuple[float, Place]:
+    """Best overlap of an outline with the mask, from a start on, by shifts and then scales, coarse and then fine.
 
-    Returns the soft intersection over union and the outline's (x, y, radius). Only the window that the outline can
-    reach is drawn.
+    Returns the soft intersection over union and the outline's place. Only the window that the outline can reach is
+    drawn.
     """
+    x, y, radius = start
     reach = 1.6 * radius + 4
     rows = slice(max(0, int(y - reach)), int(y + reach) + 1)
     columns = slice(max(0, int(x - reach)), int(x + reach) + 1)
     window = cover[rows, columns].astype(np.float32)
     pixel_x, pixel_y = _X[rows, columns].astype(np.float32), _Y[rows, columns].astype(np.float32)
     beyond = float(cover.sum()) - float(window.sum())
-    best, place = -1.0, (x, y, radius)
+    best, place = -1.0, start
     for step in (1.0, 0.4):
         for moves in (_SHIFTS, _SCALES):
             tried = np.array(place) + step * moves * np.array([1.0, 1.0, place[2]])
@@ -179,9 +288,7 @@ def _fit(shape: str, cover: Array, x: float, y: float, radius: float) -> tuple[f
     return best, place
 
 
-def _read_pattern(
-    rgb: Array, inside: NDArray[np.bool_], x: float, y: float
-) -> tuple[dict[str, float], Array, float, Array]:
+def _read_pattern(rgb: Array, inside: Mask, x: float, y: float) -> tuple[dict[str, float], Array, float, Array]:
     """Likeness of the interior to each pattern; its lighter colour, what the best pattern leaves over, and its shading.
 
     The brightness is regressed on each rendered pattern at every phase, since stripes are stripes wherever the first of
@@ -228,12 +335,13 @@ def _regress(rgb: Array, brightness: Array, shade: Array) -> tuple[float, float,
     return -slope / max(float(light.max()), 0.1), left, np.clip(light, 0.0, 1.0)
 
 
-def _edge_width(difference: Array, ideal: Array, distance: Array, contrast: float) -> float:
-    """Sum of c(1-c) over the rim, c the difference from the ground as a share of the object's, against the ideal's."""
+def _edge_width(difference: Array, ideal: Array, distance: Array, contrast: Array) -> float:
+    """Sum of c(1-c) over the rim against the ideal's; c goes from 0 at the ground beside the object to 1 inside it."""
     rim = np.abs(distance) < 3.0
 
     def softness(shown: Array) -> float:
-        share = np.clip(shown[rim] / max(contrast, 1e-3), 0.0, 1.0)
+        beside = np.median(shown[rim & (distance > 1.5)]) if (rim & (distance > 1.5)).any() else 0.0
+        share = np.clip((shown - beside)[rim] / np.maximum(contrast[rim] - beside, 1e-3), 0.0, 1.0)
         return float((share * (1 - share)).sum()) + 1.0
 
     return softness(difference) / softness(ideal)
