@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -24,6 +26,7 @@ from tiny import (
     tiny_unet,
     tiny_vae,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dspo import weights as check_of_weights
@@ -70,13 +73,35 @@ def sdxl_unet() -> UNet2DConditionModel:
     )
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, _types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+WITHOUT_KERNEL = {"empty_like", "expand", "permute", "transpose", "unbind", "view", "_unsafe_view"}
+
+
 def test_adapter_of_sdxl_at_full_size() -> None:
     with torch.device("meta"):
-        unet = sdxl_unet()
+        unet = torch.nn.Module.to(sdxl_unet(), torch.bfloat16)
     assert parameters(unet) == 2_567_463_684
     adapter = add_dora(unet, SHIPPED.train, seed=0)
     assert len(adapter.layers) == 722
     assert sum(parameter.numel() for parameter in adapter.parameters.values()) == 86_551_040
+
+    shapes = {layer.get_base_layer().weight.shape for layer in adapter.layers}
+    with Operations() as operations:
+        adapter.refresh()
+    kernels = sum(count for name, count in operations.seen.items() if name not in WITHOUT_KERNEL)
+    assert len(shapes) == 8
+    assert kernels == 2 * 722 + 11 * 8
 
 
 # Layouts of the hub
