@@ -141,13 +141,18 @@ def test_finished_run_called_again_does_nothing_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["dspo", "dpo", "mapo", "sft"])
-def test_cutting_the_batch_changes_nothing(tmp_path: Path, loss: LossName) -> None:
+def test_cutting_the_batch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: LossName) -> None:
+    refreshed = []
+    refresh = Adapter.refresh
+    monkeypatch.setattr(Adapter, "refresh", lambda self: refreshed.append(0) or refresh(self))
     cuts = [(6, 1), (3, 2), (2, 3), (1, 6)]
     results = []
     for batch_size, accumulation in cuts:
         p = params(loss=loss, batch_size=batch_size, gradient_accumulation_steps=accumulation, dropout=0.0, epochs=1)
         # 8 pairs: the epoch's last step has 2.
+        refreshed.clear()
         results.append(run(p, tmp_path / f"{batch_size}", n=8))
+        assert len(refreshed) == 2 + 1  # after each optimizer step, and with the best epoch's parameters at the end
     for other in results[1:]:
         assert other.steps == results[0].steps == 2
         for row, expected in zip(other.log, results[0].log, strict=True):
@@ -233,6 +238,14 @@ def test_nothing_is_read_from_the_device_within_an_interval(
     assert starts[1] == ends[0]  # nothing in steps 5 to 8
     assert starts[3] == ends[2]
     assert ends[0] > starts[0]  # the counter counts
+
+
+def test_adamw_is_fused_and_does_not_decay_magnitudes() -> None:
+    adapter, _ = make_adapter(params())
+    matrices, vectors = trainer.make_optimizer(adapter, params(weight_decay=0.1)).param_groups
+    assert matrices["fused"] and vectors["fused"]
+    assert matrices["weight_decay"] == 0.1 and {p.ndim for p in matrices["params"]} == {2}
+    assert vectors["weight_decay"] == 0 and {p.ndim for p in vectors["params"]} == {1}
 
 
 def test_eight_bit_optimizer_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,16 +432,24 @@ def test_v_prediction_trains(tmp_path: Path) -> None:
     assert trained.steps == 2
 
 
-@pytest.mark.parametrize(("loss", "images"), [("sft", 2), ("mapo", 4), ("dspo", 8), ("dpo", 8)])
-def test_no_forward_pass_is_wasted(loss: LossName, images: int) -> None:
-    """Images through the UNet for two pairs. dspo: reference of both, the loser without, the winner with a graph."""
+@pytest.mark.parametrize(
+    ("loss", "passes"),
+    [
+        ("sft", [(2, True)]),
+        ("mapo", [(4, True)]),
+        ("dspo", [(4, False), (2, False), (2, True)]),  # the reference of both, then loser and winner
+        ("dpo", [(4, False), (4, True)]),
+    ],
+)
+def test_no_forward_pass_is_wasted(loss: LossName, passes: list[tuple[int, bool]]) -> None:
+    """For two pairs: images through the UNet, and whether with a graph. The reference comes while there is none yet."""
     p = params(loss=loss)
     adapter, schedule = make_adapter(p)
     seen = []
-    adapter.unet.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    adapter.unet.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), torch.is_grad_enabled())))
     batch = Method(adapter, schedule, p, False).batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
     predictions = predict(adapter, batch, NEEDS[loss])
-    assert sum(seen) == images
+    assert seen == passes
     assert predictions.e_w.requires_grad
     if predictions.e_l is not None:
         assert predictions.e_l.requires_grad == (NEEDS[loss].loser == "gradient")
