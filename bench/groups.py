@@ -7,10 +7,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from bench.measure import Case, Row, matrix_product, measure
-from bench.models import Size, build_scorer, train_params
-from bench.steps import PROMPTS, SEED, Ours, PeftDora, Stock, our_dora, peft_lora, plain_lora
+from bench.models import Size, build_scorer, train_params, with_shared_weights
+from bench.steps import COMPILED_CASES, PROMPTS, SEED, Ours, PeftDora, Stock, our_dora, peft_lora, plain_lora
 from dspo.data.keys import prompt_id
 from dspo.data.prompts import Prompt
+from dspo.diffusion.compiled import compile_blocks
 from dspo.diffusion.sampling import SampleRequest, sample
 from dspo.params import SamplerParams, TrainParams
 
@@ -74,7 +75,7 @@ def growth(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator
 
 
 def images(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator[Row]:
-    """Sampling by the project and by the pipeline called prompt by prompt; scoring by the reward model."""
+    """Sampling as ``generate_pairs`` does and by the pipeline called prompt by prompt; scoring by the reward model."""
     device = pipe.device
     sampler = SamplerParams(scheduler="euler", steps=size.sampler_steps, guidance_scale=5.0)
     prompts = [Prompt(prompt_id(text), text) for text in PROMPTS[: size.images]]
@@ -92,8 +93,14 @@ def images(pipe: StableDiffusionXLPipeline, size: Size, rounds: int) -> Iterator
                 generator=generator,
             )
 
+    unet = with_shared_weights(pipe.unet)
+    ours = StableDiffusionXLPipeline(**pipe.components | {"unet": unet}, add_watermarker=False)
+    ours.set_progress_bar_config(disable=True)
+    if device.type == "cuda":
+        compile_blocks(unet, COMPILED_CASES)
+
     def together() -> list[Any]:
-        return list(sample(pipe, requests, sampler, size.resolution, SEED, size.images))
+        return list(sample(ours, requests, sampler, size.resolution, SEED, size.images))
 
     scorer = build_scorer(size, device)
     made = [one.image for one in together()]

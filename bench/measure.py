@@ -50,6 +50,8 @@ def measure(cases: Sequence[Case], rounds: int, device: torch.device) -> list[Ro
     for _ in range(rounds):
         for case in order.sample(fitting, len(fitting)):
             case.measured["seconds"].append(seconds(case.run, device))
+    for case in fitting:  # here and not in the step, which would wait for the device
+        assert all(tensor.isfinite().all() for tensor in case.tensors()), case.labels
     return [case.labels | case.measured for case in cases]
 
 

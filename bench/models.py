@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from tools.random_sdxl import CLIP_NAME, builders, clip_tokenizer, draw_weights, scheduler
 from torch import nn
 
+from dspo.diffusion.base import LARGE
 from dspo.params import RewardParams, TrainParams, load_params
 from dspo.reward.backbone import Backbone
 from dspo.reward.checkpoint import RewardScorer
@@ -93,7 +94,7 @@ def train_params(size: Size) -> TrainParams:
 
 
 def build_pipeline(size: Size, device: torch.device) -> StableDiffusionXLPipeline:
-    """Frozen, in evaluation mode, on the device."""
+    """Frozen, in evaluation mode, on the device, as ``load_pipeline`` leaves it."""
 
     def build(builder: Callable[[], nn.Module]) -> nn.Module:
         with device:
@@ -109,6 +110,8 @@ def build_pipeline(size: Size, device: torch.device) -> StableDiffusionXLPipelin
         add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
+    if size.resolution >= LARGE:
+        pipe.vae.enable_slicing()
     return pipe
 
 
@@ -129,6 +132,8 @@ def _random_reward_model(params: RewardParams, device: torch.device) -> RewardMo
     clip = open_clip.create_model(CLIP_NAME, load_weights=False, device=device)
     tokenizer = open_clip.get_tokenizer(CLIP_NAME)
     backbone = Backbone(clip, tokenizer, params.unlocked_image_blocks, params.unlocked_text_blocks)
+    if params.dtype == "bfloat16":
+        backbone.multiply_tokens_at_once()
     return RewardModel(backbone, params).to(device).eval()
 
 

@@ -60,7 +60,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "dora_vs_lora_time": ratio(time, ours, lora),
         "dora_vs_lora_memory": ratio(memory, small, lean),
         "step_vs_stock": ratio(time, stock, fast),
-        "matrix_rate_share": ours and ours_share(ours, plain["lora"], rate),
+        "matrix_rate_share": ours_share(ours, plain.get("lora"), rate),
         "peak_memory_gb": small and small["memory_gb"],
         "pairs_per_second": fast and fast["pairs"] / time(fast),
         "peft_dora_vs_lora_time": ratio(time, peft, peft_lora),
@@ -100,9 +100,9 @@ def spread(above: Row | None, below: Row | None) -> tuple[float, float] | None:
     return min(ratios), max(ratios)
 
 
-def ours_share(ours: Row, lora: Row, rate: float) -> float:
+def ours_share(ours: Row | None, lora: Row | None, rate: float) -> float | None:
     """Share of the matrix rate: FLOPs of the step with plain LoRA, which any adapter needs, in our step's time."""
-    return float(lora["flops"] / time(ours) / rate)
+    return float(lora["flops"] / time(ours) / rate) if ours and lora else None
 
 
 def table(machine: Row, found: Row, rows: Sequence[Row], picture: str) -> str:
@@ -126,6 +126,7 @@ def table(machine: Row, found: Row, rows: Sequence[Row], picture: str) -> str:
         "s a pair",
         "rounds",
         "GB",
+        "GB a pair of the batch",
         "TFLOP a pair",
     )
     for title, groups in (
@@ -151,10 +152,11 @@ def training_line(row: Row) -> str:
     labels = [what, row["pairs"], row["micro_batch"], "yes" if row["checkpointing"] else "no"]
     labels += [row["rank"], row["resolution"]]
     if "seconds" not in row:
-        return cells([*labels, "out of memory", "", "", ""])
-    n = row["pairs"]
+        return cells([*labels, "out of memory", "", "", "", ""])
+    n, gb = row["pairs"], memory(row)
     between = f"{min(row['seconds']) / n:.3g} to {max(row['seconds']) / n:.3g}"
-    return cells([*labels, f"{time(row) / n:.3g}", between, f"{memory(row):.3g}", f"{row['flops'] / n / 1e12:.3g}"])
+    measured = [f"{time(row) / n:.3g}", between, f"{gb:.3g}", f"{gb / row['micro_batch']:.3g}"]
+    return cells([*labels, *measured, f"{row['flops'] / n / 1e12:.3g}"])
 
 
 def image_line(row: Row) -> str:

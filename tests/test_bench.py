@@ -3,13 +3,20 @@
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+
+from dspo.diffusion.compiled import compile_blocks
+from dspo.params import TrainParams
+from dspo.preference.method import prepare
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -110,7 +117,7 @@ def test_memory_knows_the_second_unet(found: dict[str, Any]) -> None:
 
 
 def test_a_row_that_did_not_fit_leaves_its_figure_open() -> None:
-    from bench.report import figures, table
+    from bench.report import figures, table, training_line
 
     labels = {"group": "adapter", "pairs": 4, "micro_batch": 2, "rank": 2, "resolution": 64, "checkpointing": False}
     fits = labels | {"flops": 10, "memory_gb": 1.0}
@@ -125,7 +132,12 @@ def test_a_row_that_did_not_fit_leaves_its_figure_open() -> None:
     assert found["spread"]["dora_vs_lora_time"] == (1.0, 1.5)
     assert found["peft_dora_vs_lora_time"] is None
     assert found["step_vs_stock"] is None
-    assert "out of memory" in table({"device": "d", "size": "tiny", "dtype": "float32"}, found, rows, "d.png")
+    assert figures([row for row in rows if row["variant"] != "lora"])["matrix_rate_share"] is None
+    lines = table({"device": "d", "size": "tiny", "dtype": "float32"}, found, rows, "d.png").splitlines()
+    titles = next(line for line in lines if "GB a pair of the batch" in line)
+    assert any("out of memory" in line for line in lines)
+    assert {training_line(row).count("|") for row in rows[1:]} == {titles.count("|")}
+    assert "| 1 | 0.5 |" in training_line(rows[1])  # two pairs in a batch
 
 
 def test_the_dtype_of_a_gpu_runs_every_step() -> None:
@@ -138,3 +150,45 @@ def test_the_dtype_of_a_gpu_runs_every_step() -> None:
     rows = [*groups.adapters(pipe, size, rounds=1), *groups.recipes(pipe, size, rounds=1)]
     assert pipe.unet.dtype == torch.bfloat16
     assert all(len(row["seconds"]) == 1 for row in rows)
+
+
+def test_what_a_gpu_compiles_is_compiled_once_and_leaves_the_pipeline_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import groups, steps
+    from bench.measure import Case, measure
+    from bench.models import SIZES, build_pipeline
+
+    def prepare_as_on_a_gpu(unet: UNet2DConditionModel, params: TrainParams, latent_sizes: int) -> None:
+        prepare(unet, params, latent_sizes)
+        unet.to(memory_format=torch.channels_last)
+        compile_blocks(unet, latent_sizes)
+
+    counted = torch._dynamo.utils.counters
+    compiled: list[int] = []
+
+    def peak_of_a_compiled_run(run: Callable[[], object], _device: torch.device) -> int:
+        compiled.append(counted["stats"]["unique_graphs"])
+        run()
+        compiled.append(counted["stats"]["unique_graphs"])
+        return 0
+
+    torch._dynamo.reset()
+    counted.clear()
+    eager = partialmethod(UNet2DConditionModel.compile_repeated_blocks, backend="eager")
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", eager)
+    monkeypatch.setattr(steps, "prepare", prepare_as_on_a_gpu)
+    monkeypatch.setattr("bench.measure.peak_bytes", peak_of_a_compiled_run)
+    size = replace(SIZES["tiny"], dtype=torch.bfloat16)
+    pipe = build_pipeline(size, torch.device("cpu"))
+    before = [(p.data_ptr(), p.stride()) for p in pipe.unet.parameters()]
+    params = groups.settings(size, micro_batch=2, pairs=2, checkpointing=True)
+    cases = []
+    for put in (steps.our_dora, steps.plain_lora):
+        ours = steps.Ours(pipe, params, size.resolution, put)
+        cases.append(Case({}, ours.step, ours.tensors))
+    rows = measure(cases, rounds=2, device=torch.device("cpu"))
+
+    assert all(row["flops"] > 0 and len(row["seconds"]) == 2 for row in rows)
+    assert compiled[0] == 0  # FLOPs are counted before anything is compiled
+    assert compiled[0] < compiled[1] == compiled[2] < compiled[3]
+    assert counted["stats"]["unique_graphs"] == compiled[3]
+    assert [(p.data_ptr(), p.stride()) for p in pipe.unet.parameters()] == before

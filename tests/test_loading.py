@@ -4,16 +4,27 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from foreign_tiny import ARCHITECTURE, open_clip_model, register_open_clip, save_weights
+from diffusers.utils import convert_unet_state_dict_to_peft
+from foreign_tiny import (
+    ARCHITECTURE,
+    open_clip_model,
+    register_open_clip,
+    save_transformers_clip,
+    save_weights,
+)
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
+from test_foreign_judges import IMAGES, PROMPTS
 from tiny import (
     RESOLUTION,
     TEXT_WIDTH,
@@ -24,6 +35,8 @@ from tiny import (
     tiny_unet,
     tiny_vae,
 )
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dspo import weights as check_of_weights
@@ -31,8 +44,11 @@ from dspo.check import check_setup
 from dspo.diffusion import files
 from dspo.diffusion.base import load_pipeline, load_text_encoders, load_vae
 from dspo.errors import UserError
-from dspo.params import BaseModelParams, load_params
-from dspo.preference.dora import add_dora
+from dspo.evaluation.foreign import clip_h, places
+from dspo.evaluation.foreign.judge import ForeignJudge
+from dspo.export.svd_lora import kohya_name
+from dspo.params import BaseModelParams, ForeignJudgeParams, Place, load_params
+from dspo.preference.dora import Adapter, add_dora
 from dspo.reward.backbone import load_backbone
 
 CPU = torch.device("cpu")
@@ -70,13 +86,57 @@ def sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def test_adapter_of_sdxl_at_full_size() -> None:
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, _types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+WITHOUT_KERNEL = {"empty_like", "expand", "permute", "transpose", "unbind", "view", "_unsafe_view"}
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Adapter:
     with torch.device("meta"):
-        unet = sdxl_unet()
+        unet = torch.nn.Module.to(sdxl_unet(), torch.bfloat16)
     assert parameters(unet) == 2_567_463_684
-    adapter = add_dora(unet, SHIPPED.train, seed=0)
+    return add_dora(unet, SHIPPED.train, seed=0)
+
+
+def test_adapter_of_sdxl_at_full_size(sdxl: Adapter) -> None:
+    adapter = sdxl
     assert len(adapter.layers) == 722
     assert sum(parameter.numel() for parameter in adapter.parameters.values()) == 86_551_040
+
+    shapes = {layer.get_base_layer().weight.shape for layer in adapter.layers}
+    with Operations() as operations:
+        adapter.refresh()
+    kernels = sum(count for name, count in operations.seen.items() if name not in WITHOUT_KERNEL)
+    assert len(shapes) == 8
+    assert kernels == 2 * 722 + 11 * 8
+
+
+def test_kohya_names_of_sdxl_come_back_through_diffusers(sdxl: Adapter) -> None:
+    """Every layer has a number of its own for its values, so that no two can change places."""
+    file: dict[str, Tensor] = {}
+    expected: dict[str, tuple[tuple[int, ...], float]] = {}
+    names = {module: name for name, module in sdxl.unet.named_modules()}
+    for number, layer in enumerate(sdxl.layers):
+        name, value = names[layer], torch.tensor(float(number))
+        n_out, n_in = layer.get_base_layer().weight.shape
+        key = kohya_name(name, layers_per_block=2)
+        file[f"{key}.lora_up.weight"], file[f"{key}.lora_down.weight"] = value.expand(n_out, 1), value.expand(1, n_in)
+        file[f"{key}.alpha"] = torch.tensor(1.0)
+        expected |= {f"{name}.lora_B.weight": ((n_out, 1), number), f"{name}.lora_A.weight": ((1, n_in), number)}
+    state, _ = StableDiffusionXLPipeline.lora_state_dict(file, unet_config=sdxl.unet.config)
+    read = convert_unet_state_dict_to_peft({name.removeprefix("unet."): tensor for name, tensor in state.items()})
+    assert {name: (tuple(tensor.shape), tensor[0, 0].item()) for name, tensor in read.items()} == expected
 
 
 # Layouts of the hub
@@ -303,6 +363,32 @@ def test_backbone_by_tag_and_by_file(hub: Path, tmp_path: Path, monkeypatch: pyt
         assert torch.equal(backbone.clip.visual.proj, clip.visual.proj)
         with pytest.raises(UserError, match=f"use {name}"):
             load_backbone(ARCHITECTURE, pretrained, 28, 1, 1, CPU)
+
+
+# Published judges
+
+
+def test_judges_by_hub_and_by_path(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PickScore is a folder of a repository, HPSv2.1 a file: the same scores as from that folder and that file."""
+    register_open_clip(tmp_path / "configs")
+    monkeypatch.setattr(clip_h, "ARCHITECTURE", ARCHITECTURE)
+    weights = {"state_dict": open_clip_model(seed=1).state_dict()}
+    for name, file, save in (
+        ("pickscore", "", save_transformers_clip),
+        ("hpsv2.1", "/hps.pt", lambda folder: save_weights(weights, folder / "hps.pt")),
+    ):
+        snapshot = into_cache(hub, f"org/{name}", COMMIT, save)
+        scores = []
+        for place in (
+            Place(place=f"org/{name}{file}", revision=COMMIT),
+            Place(place=f"{snapshot}{file}", revision=None),
+        ):
+            judge = TypeAdapter(ForeignJudgeParams).validate_python({"name": name, "model": place})
+            assert not places.missing(judge)
+            scores.append(ForeignJudge(judge, CPU).score(IMAGES, PROMPTS, 2))
+        assert scores[0].tolist() == scores[1].tolist()
+        with pytest.raises(UserError, match=f"{name}: org/{name}.*missing"):
+            places.require([judge.model_copy(update={"model": Place(place=f"org/{name}{file}", revision=40 * "a")})])
 
 
 # All of it as a user has it: settings by environment variables, in a process of its own

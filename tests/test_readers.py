@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 
+import pandas as pd
 import pytest
 from published_sets import hpdv2, hpdv3, imagerewarddb, pickapic, picture, put, richhf, write_csv
 
@@ -35,6 +36,10 @@ def test_pickapic(tmp_path):
     assert [c.label for c in found] == [1.0, 0.5, 0.0]
     assert found[0].images == (jpeg(1), jpeg(2))
     assert [c.where for c in found] == [f"{path}, row {n}" for n in (1, 2, 3)]
+    frame = pd.read_parquet(path)
+    frame.loc[1, "has_label"] = False  # nobody judged it, whatever its labels say
+    frame.to_parquet(path)
+    assert [c.where for c in read("pickapic", path)] == [f"{path}, row {n}" for n in (1, 3)]
 
 
 def test_hpdv2(tmp_path):
@@ -212,8 +217,6 @@ def changed(write, rows, change):
 
 def imagereward_error(**change):
     def make(folder):
-        import pandas as pd
-
         imagerewarddb(folder, [("p", "a cat", 1, 1, 5, 5, 5), ("p", "a cat", 2, 2, 5, 5, 5)])
         frame = pd.read_parquet(folder / "metadata-train.parquet")
         for column, value in change.items():
@@ -236,8 +239,6 @@ def richhf_error(score):
 
 def pickapic_error(**change):
     def make(folder):
-        import pandas as pd
-
         path = pickapic(folder / "p.parquet", [("a cat", 1, 2, 1.0), ("a dog", 1, 2, 1.0)])
         frame = pd.read_parquet(path)
         for column, value in change.items():

@@ -141,13 +141,18 @@ def test_finished_run_called_again_does_nothing_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["dspo", "dpo", "mapo", "sft"])
-def test_cutting_the_batch_changes_nothing(tmp_path: Path, loss: LossName) -> None:
+def test_cutting_the_batch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: LossName) -> None:
+    refreshed = []
+    refresh = Adapter.refresh
+    monkeypatch.setattr(Adapter, "refresh", lambda self: refreshed.append(0) or refresh(self))
     cuts = [(6, 1), (3, 2), (2, 3), (1, 6)]
     results = []
     for batch_size, accumulation in cuts:
         p = params(loss=loss, batch_size=batch_size, gradient_accumulation_steps=accumulation, dropout=0.0, epochs=1)
         # 8 pairs: the epoch's last step has 2.
+        refreshed.clear()
         results.append(run(p, tmp_path / f"{batch_size}", n=8))
+        assert len(refreshed) == 2 + 1  # after each optimizer step, and with the best epoch's parameters at the end
     for other in results[1:]:
         assert other.steps == results[0].steps == 2
         for row, expected in zip(other.log, results[0].log, strict=True):
@@ -235,6 +240,14 @@ def test_nothing_is_read_from_the_device_within_an_interval(
     assert ends[0] > starts[0]  # the counter counts
 
 
+def test_adamw_is_fused_and_does_not_decay_magnitudes() -> None:
+    adapter, _ = make_adapter(params())
+    matrices, vectors = trainer.make_optimizer(adapter, params(weight_decay=0.1)).param_groups
+    assert matrices["fused"] and vectors["fused"]
+    assert matrices["weight_decay"] == 0.1 and {p.ndim for p in matrices["params"]} == {2}
+    assert vectors["weight_decay"] == 0 and {p.ndim for p in vectors["params"]} == {1}
+
+
 def test_eight_bit_optimizer_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(UserError, match="pip install torchao"):
@@ -256,22 +269,36 @@ def test_eight_bit_optimizer_trains_and_resumes(tmp_path: Path) -> None:
 
 
 def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: there `train.compile` does it."""
+    """As on a GPU: there `train.compile` does it, in 16 bits. Before the first step the policy is the reference."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    options = {"loss": "dpo", "epochs": 1, "batch_size": 2, "dropout": 0.0, "gradient_checkpointing": 0.5}
-    plain = run(params(**options), tmp_path / "plain", n=6)
+    p = params(loss="dpo", epochs=1, batch_size=2, gradient_checkpointing=0.5)
+
+    def run_in_bfloat16(folder: Path) -> Trained:
+        pipe = tiny_pipeline()
+        adapter = add_dora(pipe.unet.to(torch.bfloat16), p, seed=0)
+        schedule = NoiseSchedule.of(pipe.scheduler, CPU)
+        return train(adapter, schedule, make_pairs(6), make_pairs(2, seed=1), p, 0, folder)
 
     def prepare_compiled(unet: UNet2DConditionModel, p: TrainParams, latent_sizes: int) -> None:
         prepare(unet, p, latent_sizes)
         compile_blocks(unet, latent_sizes)
 
+    plain = run_in_bfloat16(tmp_path / "plain")
     monkeypatch.setattr(trainer, "prepare", prepare_compiled)
-    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):  # a user's, or torch's own
-        compiled = run(params(**options), tmp_path / "compiled", n=6)
+    with (
+        torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1),  # a user's, or torch's own
+        torch._inductor.config.patch(fallback_random=True),  # the same dropout
+    ):
+        compiled = run_in_bfloat16(tmp_path / "compiled")
+    assert compiled.epochs[0] == plain.epochs[0]
+    assert compiled.epochs[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert compiled.log[0]["loss"] == plain.log[0]["loss"]
+    assert compiled.epochs[0]["u_std"] == compiled.log[0]["u_std"] == 0  # each pair's error is the reference's
+    assert compiled.log[0]["gradient_norm"] == pytest.approx(plain.log[0]["gradient_norm"], rel=2e-3)
     for a, b in zip(compiled.log, plain.log, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=3e-2)
     # For all blocks together: the reference, the policy on held-out pairs, the policy with gradient.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
@@ -405,16 +432,24 @@ def test_v_prediction_trains(tmp_path: Path) -> None:
     assert trained.steps == 2
 
 
-@pytest.mark.parametrize(("loss", "images"), [("sft", 2), ("mapo", 4), ("dspo", 8), ("dpo", 8)])
-def test_no_forward_pass_is_wasted(loss: LossName, images: int) -> None:
-    """Images through the UNet for two pairs. dspo: reference of both, the loser without, the winner with a graph."""
+@pytest.mark.parametrize(
+    ("loss", "passes"),
+    [
+        ("sft", [(2, True)]),
+        ("mapo", [(4, True)]),
+        ("dspo", [(4, False), (2, False), (2, True)]),  # the reference of both, then loser and winner
+        ("dpo", [(4, False), (4, True)]),
+    ],
+)
+def test_no_forward_pass_is_wasted(loss: LossName, passes: list[tuple[int, bool]]) -> None:
+    """For two pairs: images through the UNet, and whether with a graph. The reference comes while there is none yet."""
     p = params(loss=loss)
     adapter, schedule = make_adapter(p)
     seen = []
-    adapter.unet.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    adapter.unet.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), torch.is_grad_enabled())))
     batch = Method(adapter, schedule, p, False).batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
     predictions = predict(adapter, batch, NEEDS[loss])
-    assert sum(seen) == images
+    assert seen == passes
     assert predictions.e_w.requires_grad
     if predictions.e_l is not None:
         assert predictions.e_l.requires_grad == (NEEDS[loss].loser == "gradient")

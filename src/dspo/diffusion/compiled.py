@@ -8,6 +8,10 @@ from diffusers import UNet2DConditionModel
 # reward check come on top: 22 graphs at the most.
 GRAPHS_PER_LATENT_SIZE = 32
 
+# A fused kernel keeps in float32 what uncompiled operations round to 16 bits between them. The graphs with and without
+# the adapter are fused in different places, so that an untrained policy would not be the reference.
+OPTIONS = {"emulate_precision_casts": True}
+
 
 def compile_blocks(unet: UNet2DConditionModel, latent_sizes: int) -> None:
     """Compile the repeated blocks in place: one graph for each kind of block, way of calling it and shape.
@@ -18,4 +22,4 @@ def compile_blocks(unet: UNet2DConditionModel, latent_sizes: int) -> None:
     limit = GRAPHS_PER_LATENT_SIZE * latent_sizes
     dynamo = torch._dynamo.config
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=limit)
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=limit, options=OPTIONS)

@@ -8,7 +8,8 @@ the untrained policy equals the reference to the bit. An adapter on disk is load
 """
 
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -44,6 +45,8 @@ class FastDora(DoraLinearVariant):
     with the base weight.
     """
 
+    norm: Tensor  # n [out], float32
+
     def __init__(self, layer: LoraLinear, exact_dropout: bool) -> None:
         self.A = layer.lora_A[NAME].weight  # [r, in]
         self.B = layer.lora_B[NAME].weight  # [out, r]
@@ -51,19 +54,7 @@ class FastDora(DoraLinearVariant):
         self.scaling: float = layer.scaling[NAME]
         self.exact_dropout = exact_dropout
         self.W_squared = self.W.float().square().sum(1)
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Compute n [out], float32, for the present A and B.
-
-        n^2 = ||W||^2 + 2 s sum_k B (W A^T) + s^2 sum_k (B A A^T) B, row by row: nothing of W's size but W is read.
-        """
-        A, B, s = self.A.float(), self.B.float(), self.scaling
-        cross = self.W.float() @ A.T
-        square = B @ (A @ A.T)
-        n_squared = self.W_squared + ((2 * s) * cross + (s * s) * square).mul_(B).sum(1)
-        self.norm = n_squared.clamp_min_(0).sqrt_().clamp_min_(LEAST_NORM)
+        refresh_norms([self])
 
     def forward(self, module: LoraLinear, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """``x`` [..., in], ``result`` = W x + b [..., out] -> W' x + b."""
@@ -78,6 +69,24 @@ class FastDora(DoraLinearVariant):
         bias = module.get_base_layer().bias
         rescaled: Tensor = Rescale.apply(result, low_rank, magnitude, self.norm, bias, self.scaling)
         return rescaled
+
+
+@torch.no_grad()
+def refresh_norms(layers: Sequence[FastDora]) -> None:
+    """Compute n of layers that are alike in shape and scaling, for their present A and B.
+
+    n^2 = ||W||^2 + 2 s sum_k B (W A^T) + s^2 sum_k (B A A^T) B, row by row: nothing of W's size but W is read. All but
+    W A^T is computed for the layers together, since on a GPU the launch of so small an operation takes longer than it.
+    """
+    A, B = torch.stack([layer.A.float() for layer in layers]), torch.stack([layer.B.float() for layer in layers])
+    cross = torch.empty_like(B)
+    for layer, layer_A, layer_cross in zip(layers, A, cross, strict=True):
+        torch.mm(layer.W.float(), layer_A.T, out=layer_cross)
+    s = layers[0].scaling
+    change = cross.baddbmm_(B, A @ A.mT, beta=2 * s, alpha=s * s).mul_(B).sum(-1)
+    n_squared = torch.stack([layer.W_squared for layer in layers]).add_(change)
+    for layer, norm in zip(layers, n_squared.clamp_min_(0).sqrt_().clamp_min_(LEAST_NORM), strict=True):
+        layer.norm = norm
 
 
 class Rescale(torch.autograd.Function):
@@ -121,7 +130,7 @@ class Adapter:
         self.layers = [module for module in unet.modules() if isinstance(module, LoraLinear)]
         self._dropouts = [layer.lora_dropout[NAME] for layer in self.layers]
         self._initialise(seed)
-        self._fast: list[FastDora] = []
+        self._alike: dict[torch.Size, list[FastDora]] = defaultdict(list)  # by the weight's shape
         if config.use_dora:
             self._install(exact_dropout)
         self.parameters: dict[str, nn.Parameter] = {
@@ -146,12 +155,12 @@ class Adapter:
             layer.lora_magnitude_vector[NAME].weight.data = fast.norm.clone()
             layer.lora_variant[NAME] = fast
             layer.cast_input_dtype_enabled = False  # the products with A and B run in the base's dtype
-            self._fast.append(fast)
+            self._alike[fast.W.shape].append(fast)
 
     def refresh(self) -> None:
         """Bring the cached norms up to date; call it after every change of the parameters."""
-        for fast in self._fast:
-            fast.refresh()
+        for layers in self._alike.values():
+            refresh_norms(layers)
 
     def train(self, mode: bool) -> None:
         """Switch the adapter's dropout; the base model stays in evaluation mode."""
