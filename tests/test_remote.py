@@ -134,8 +134,11 @@ def test_evaluate_alone_fetches_what_it_reads(clone: Path, storage: Storage) -> 
 
 def test_outputs_are_fetched_from_outside_the_repository(published: Path, storage: Storage, tmp_path: Path) -> None:
     shell(published, "git", "tag", "--annotate", "adapter@v1.0.0", "--message", "a version of the artifact")
-    shell(tmp_path, "dvc", "get", published, "models/adapter", "--out", "by-path", env=storage.reader)
-    shell(tmp_path, "dvc", "artifacts", "get", published, "adapter", "--out", "by-version", env=storage.reader)
+    # By its address: of a repository that is given as a folder DVC reads the cache and asks no storage.
+    shell(tmp_path, "git", "clone", "--bare", published, "server.git")
+    server = f"file://{tmp_path}/server.git"
+    shell(tmp_path, "dvc", "get", server, "models/adapter", "--out", "by-path", env=storage.reader)
+    shell(tmp_path, "dvc", "artifacts", "get", server, "adapter", "--out", "by-version", env=storage.reader)
     for name in ("by-path", "by-version"):
         assert contents(tmp_path / name) == contents(published / "models/adapter")
 

@@ -236,6 +236,42 @@ def test_clutter_is_one_object_more_which_gold_counts_and_nothing_else_suffers_f
     assert more > 50
 
 
+def touching(scene: Scene) -> Scene:
+    """The scene with its second object pushed towards the first until their outlines meet."""
+    first, second = scene.objects
+    step = np.array([first.x - second.x, first.y - second.y])
+    step /= np.hypot(*step)
+    shown = coverage(first.shape, first.x, first.y, first.radius)
+    while (shown * coverage(second.shape, second.x, second.y, second.radius)).max() < 0.2:
+        second = replace(second, x=second.x + 0.25 * step[0], y=second.y + 0.25 * step[1])
+    return Scene((first, second), scene.background)
+
+
+def test_objects_that_touch_are_still_two() -> None:
+    counted = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        request = random_request(rng)
+        if request.relation:
+            picture = spoil(render_float(touching(random_scene(request, rng))), "blur", 0.5, rng)
+            counted.append(judge(to_pixels(picture), request.prompt()).attributes["count"] == 1.0)
+    assert len(counted) > 40
+    assert np.mean(counted) > 0.85
+
+
+def test_a_shaded_ground_is_no_object_and_a_halo_no_part_of_one() -> None:
+    for request, scene in zip(REQUESTS, SCENES, strict=True):
+        shaded = spoil(render_float(scene), "gradient", 0.5, np.random.default_rng(0))
+        gold = judge(to_pixels(shaded), request.prompt())
+        assert gold.attributes["count"] == 1.0, request.prompt()
+        assert gold.fidelity < judge(render(scene), request.prompt()).fidelity
+    cross = Scene((Object("cross", "pink", "solid", 44.0, 20.0, 10.0),), "green")
+    picture = render_float(cross)
+    near = coverage("circle", 44.0, 20.0, 14.0)[..., None] * (1 - coverage("cross", 44.0, 20.0, 10.0)[..., None])
+    haloed = picture + 0.15 * near * (PALETTE["pink"] - PALETTE["green"])
+    assert judge(to_pixels(haloed), "a pink cross").attributes["shape_0"] > 0.9
+
+
 def test_patch_contents_are_what_the_scene_shows() -> None:
     scene = Scene((Object("circle", "red", "solid", 20.0, 44.0, 10.0),), "blue")
     classes, places = patch_contents(scene)
