@@ -169,8 +169,8 @@ def render(template: str, **values: Any) -> str:
     style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return environment.get_template(template).render(
-        style=Markup(style),  # noqa: S704  page.css
-        script=Markup(script),  # noqa: S704  page.js
+        style=Markup(style),  # noqa: S704  our own page.css
+        script=Markup(script),  # noqa: S704  our own page.js
         script_hash=script_hash,
         **values,
     )

@@ -338,10 +338,11 @@ def _regress(rgb: Array, brightness: Array, shade: Array) -> tuple[float, float,
 def _edge_width(difference: Array, ideal: Array, distance: Array, contrast: Array) -> float:
     """Sum of c(1-c) over the rim against the ideal's; c goes from 0 at the ground beside the object to 1 inside it."""
     rim = np.abs(distance) < 3.0
+    beside = rim & (distance > 1.5)
 
     def softness(shown: Array) -> float:
-        beside = np.median(shown[rim & (distance > 1.5)]) if (rim & (distance > 1.5)).any() else 0.0
-        share = np.clip((shown - beside)[rim] / np.maximum(contrast[rim] - beside, 1e-3), 0.0, 1.0)
+        level = np.median(shown[beside]) if beside.any() else 0.0
+        share = np.clip((shown - level)[rim] / np.maximum(contrast[rim] - level, 1e-3), 0.0, 1.0)
         return float((share * (1 - share)).sum()) + 1.0
 
     return softness(difference) / softness(ideal)
