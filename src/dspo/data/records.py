@@ -3,6 +3,7 @@
 import pyarrow as pa
 
 HEADS = ("overall", "alignment", "aesthetics", "fidelity", "detail")
+GOLD, PROXY = "gold_overall", "reward_overall"  # the judged images' columns that a verdict is read from
 
 CANDIDATES = pa.schema(
     [

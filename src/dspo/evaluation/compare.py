@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspo.data.keys import keyed_seed
+from dspo.data.records import GOLD, PROXY
 from dspo.evaluation.diversity import spread_ratios
 from dspo.evaluation.drift import DRIFT
 from dspo.evaluation.judges import FOREIGN_COLUMNS, FREE_ATTRIBUTES, FULLY_RIGHT, GOLD_COLUMNS, SECOND
@@ -20,8 +21,6 @@ from dspo.evaluation.statistics import WinRate, mean, share_given, win_rate
 
 Array = npt.NDArray[np.float64]
 Figures = dict[str, Any]
-PROXY = "reward_overall"
-GOLD = "gold_overall"
 LEAST_DECIDED = 30  # with fewer, a percentile bootstrap is too sure: one win in one decided image gives [1, 1]
 
 

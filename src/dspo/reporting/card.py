@@ -16,7 +16,7 @@ from dspo.reporting import tables
 from dspo.reporting.gates import gates
 from dspo.reporting.page import verdict
 from dspo.reporting.tables import Json, Table, interval, markdown, number
-from dspo.reward.report import judged_part
+from dspo.reward.judged import judged_part
 
 SPLITS = ("train", "validation", "test")
 SCHEDULERS = {  # as dspo.diffusion.sampling builds them

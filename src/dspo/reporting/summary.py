@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dspo.reward.report import judged_part
+from dspo.reward.judged import judged_part
 
 Json = Mapping[str, Any]
 SAME_RATINGS = ("n_pairs", "ceiling_macro_f1")

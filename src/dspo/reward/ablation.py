@@ -12,8 +12,9 @@ import torch
 
 from dspo.params import RewardParams
 from dspo.reward.dataset import Floats, RatedPairs, Stems
+from dspo.reward.judged import judged_part
 from dspo.reward.model import build_model
-from dspo.reward.report import cross_entropy, fit_temperature, judged_part, macro_f1_difference, reward_report
+from dspo.reward.report import cross_entropy, fit_temperature, macro_f1_difference, reward_report
 from dspo.reward.training import score_differences, train_reward
 
 LR_FACTORS = (1.0, 3.0)  # of params' lr_heads

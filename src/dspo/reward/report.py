@@ -6,7 +6,6 @@ classifier that knows each pair's true probability (simulated raters only).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,16 +48,6 @@ def reward_report(
         for i, head in enumerate(heads)
     }
     return report
-
-
-def judged_part(report: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The test pairs that the reward model is held to.
-
-    Simulated raters have their ceiling of 0.90 on pairs of the base model's own samples: there figure and ceiling
-    belong together. Without a known ceiling, all pairs.
-    """
-    base: Mapping[str, Any] = report["base"]
-    return base if base["ceiling_macro_f1"] is not None else report
 
 
 def fit_temperatures(heads: tuple[str, ...], difference: Floats, pairs: RatedPairs) -> dict[str, float]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspo.data.keys import keyed_uniform
+from dspo.data.records import GOLD
 from dspo.params import LossName, Params, TrainParams
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials, equal_steps
 
-GOLD, PROXY = "gold_overall", "reward_overall"
 LEARNING_RATES = (1.0, 3.0)  # times the world's, for losses that have a strength of their own
 LEARNING_RATES_ALONE = (0.2, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 BETAS = (100.0, 300.0, 1000.0, 3000.0)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import read_prompts
+from dspo.data.records import GOLD, PROXY
 from dspo.diffusion.base import local_files
 from dspo.environment import processes
 from dspo.evaluation.judges import FULLY_RIGHT
@@ -26,7 +27,6 @@ from dspo.params import Params, load_params
 from dspo.preference.dataset import load_pairs
 from dspo.reporting.studies import write_study
 from dspo.stages.runner import run
-from dspo.studies.arms import GOLD, PROXY
 from dspo.studies.common import fresh_prompts, load_judges, study_folder
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials, equal_steps, first_pairs
 

@@ -18,6 +18,7 @@ from pydantic import Field
 from dspo.data.files import read_json, write_json
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import read_prompts
+from dspo.data.records import GOLD, PROXY
 from dspo.diffusion.base import local_files
 from dspo.errors import UserError
 from dspo.evaluation.judges import FULLY_RIGHT, SECOND
@@ -25,7 +26,6 @@ from dspo.params import Count, Section, TrainParams, load_params, read_yaml, val
 from dspo.preference.dataset import load_pairs
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import run
-from dspo.studies.arms import GOLD, PROXY
 from dspo.studies.common import fresh_prompts, load_judges
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from dspo.data.files import whole_file
 from dspo.data.keys import keyed_seed
+from dspo.data.records import GOLD
 from dspo.evaluation.judges import FULLY_RIGHT, SECOND
 from dspo.evaluation.statistics import head_to_head, win_rate
 from dspo.evaluation.tables import write_csv
@@ -22,7 +23,6 @@ from dspo.params import Params, load_params
 from dspo.reporting.plots import save_png, seeds_plot
 from dspo.reporting.studies import write_study
 from dspo.stages.runner import arguments, run
-from dspo.studies.arms import GOLD
 from dspo.studies.loss_cell import Study, load_study, read_cell
 from dspo.studies.losses_table import table
 from dspo.studies.trials import Result

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import read_prompts, read_split
+from dspo.data.records import GOLD
 from dspo.diffusion.base import local_files
 from dspo.environment import processes
 from dspo.evaluation.tables import write_csv
@@ -20,7 +21,7 @@ from dspo.params import TrainParams, load_params
 from dspo.preference.dataset import load_pairs
 from dspo.reporting.studies import write_study
 from dspo.stages.runner import run
-from dspo.studies.arms import ARMS, GOLD, Outcome, best, tune
+from dspo.studies.arms import ARMS, Outcome, best, tune
 from dspo.studies.common import fresh_prompts, load_judges, study_folder
 from dspo.studies.losses_table import fared, flat, matched_drift, table, told
 from dspo.studies.pair_sets import oracle_pairs, unselected_pairs

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dspo.data.keys import keyed_seed
+from dspo.data.records import GOLD, PROXY
 from dspo.evaluation.judges import FULLY_RIGHT
 from dspo.evaluation.statistics import HeadToHead, head_to_head, holm, mean
 from dspo.params import Params, TrainParams
-from dspo.studies.arms import GOLD, PROXY, Outcome, best
+from dspo.studies.arms import Outcome, best
 from dspo.studies.trials import Result
 
 Array = npt.NDArray[np.float64]

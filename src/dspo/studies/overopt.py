@@ -21,9 +21,10 @@ from dspo.data.files import write_json
 from dspo.data.images import read_table, write_table
 from dspo.data.keys import keyed_seed, keyed_uniform
 from dspo.data.prompts import read_prompts
+from dspo.data.records import GOLD, PROXY
 from dspo.diffusion.base import local_files
 from dspo.environment import device, processes
-from dspo.evaluation.compare import GOLD, PROXY, over_optimised, worse
+from dspo.evaluation.compare import over_optimised, worse
 from dspo.evaluation.judges import SECOND, Judges
 from dspo.evaluation.statistics import win_rate
 from dspo.evaluation.tables import write_csv

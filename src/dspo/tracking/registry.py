@@ -19,8 +19,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from dspo.evaluation.compare import GOLD
-from dspo.tracking import tuned_pipeline
+from dspo.data.records import GOLD
 from dspo.tracking.champion import CHAMPION, GOLD_DECIDED, GOLD_HIGH, GOLD_LOW, GOLD_RATE, describe, model_name
 from dspo.tracking.description import WIN_RATES, describe_version
 from dspo.tracking.record import EVALUATE, EXPERIMENT_NAME, RunRecord, Sampler
@@ -81,7 +80,7 @@ def _judge_anew(client: MlflowClient, version: ModelVersion, record: RunRecord, 
 def _log(client: MlflowClient, experiment: str, run: str, record: RunRecord, adapter: Path) -> ModelInfo:
     mlflow.set_tracking_uri(client.tracking_uri)
     mlflow.set_experiment(experiment_id=experiment)  # where the model's files go
-    code = Path(tuned_pipeline.__file__)
+    code = Path(__file__).with_name("tuned_pipeline.py")  # not imported: it needs torch, this does not
     with warnings.catch_warnings():
         # MLflow would make an image of the example at once.
         warnings.filterwarnings("ignore", ".*An input example was not provided")
