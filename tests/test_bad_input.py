@@ -1,8 +1,11 @@
 """Bad input gets one clear message and exit code 2; nothing is half-written."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -192,6 +195,40 @@ def test_full_disk_in_a_stage(fails, folder, monkeypatch):
     monkeypatch.setattr("dspo.data.files.sync", lambda path: FULL.write_bytes(b"x" * 10**6))
     message = fails(*prompts(GOOD))
     assert "train.csv: the disk is full" in message
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.empty(2**48),
+        lambda: np.empty(2**50),
+        lambda: bytearray(2**62),
+        lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        lambda: raised(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))),
+    ],
+)
+def test_out_of_memory(fails, ask):
+    message = fails(SimpleNamespace(main=lambda argv: ask()))
+    assert message.startswith("error: out of memory (") and len(message.splitlines()) == 1
+    for remedy in (
+        "train.gradient_checkpointing",
+        "batch_size",
+        "base.resolution",
+        "--dry-run",
+        "finished work is kept",
+    ):
+        assert remedy in message
+
+
+@pytest.mark.parametrize("defect", [RuntimeError("shapes differ"), OSError(errno.EIO, "broken"), KeyError("memory")])
+def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch, defect):
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    with pytest.raises(type(defect)):
+        run(lambda argv: raised(defect))
+
+
+def raised(error):
+    raise error
 
 
 def test_shard_cut_short_is_named_by_the_reader(folder):

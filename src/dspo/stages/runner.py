@@ -1,9 +1,10 @@
-"""How every stage is started: a user's mistake becomes one message and exit code 2, without a traceback."""
+"""How every stage is started: what a user can mend becomes one message and exit code 2, without a traceback."""
 
 import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,17 @@ from pathlib import Path
 from dspo.environment import launcher, rank
 from dspo.errors import UserError
 
+# torch has a class of its own for GPUs alone, and importing it here would cost every command a second.
+NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|_ALLOC_FAILED", re.IGNORECASE)
+LESS_MEMORY = (
+    "In params.yaml set train.gradient_checkpointing to 1.0, or lower the batch_size of what ran (generate, score, "
+    "train, reward or evaluate) or base.resolution; then run the same command again, finished work is kept. What a "
+    "training takes: `dspo train --prompts data/prompts.csv --dry-run`. More: docs/troubleshooting.md."
+)
+
 
 def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
-    """Run ``main`` on the command line's arguments and end the process: 0, or 2 after a :class:`UserError`.
+    """Run ``main`` on the command line's arguments and end the process: 0, or 2 after what a user can mend.
 
     ``module``: the name of a stage that several processes can share; ``DSPO_LAUNCH`` starts them.
     """
@@ -25,12 +34,23 @@ def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
         logging.getLogger(name).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        stop(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        message = mendable(error)
+        if message is None:
             raise
-        stop("the disk is full. Free some space and run the same command again; finished work is kept.")
+        stop(message)
+
+
+def mendable(error: Exception) -> str | None:
+    """What the user is told of an error, and can do about it; None for a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full. Free some space and run the same command again; finished work is kept."
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and NO_MEMORY.search(said)):
+        return f"out of memory ({said}). {LESS_MEMORY}"
+    return None
 
 
 def stop(message: str) -> None:
