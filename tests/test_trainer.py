@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeline
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dspo.data.images import write_table
+from dspo.data.images import read_table, write_table
 from dspo.data.records import PAIRS
 from dspo.diffusion import compiled as compiled_module
 from dspo.diffusion.compiled import compile_blocks
@@ -532,9 +533,19 @@ def test_random_labels_swap_whole_pairs() -> None:
         assert coin.delta[row] == (-pairs.delta[row] if swap else pairs.delta[row])
 
 
-def test_loss_that_is_no_number_is_a_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lower"):
-        run(params(lr=1e30, warmup_steps=0, epochs=3), tmp_path)
+def test_a_training_that_is_no_number_any_more_stops(tmp_path: Path) -> None:
+    """Seven pairs are three steps. The first one ruins the adapter: the second is no number."""
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 2; lower train\.lr or train\.beta"):
+        run(params(lr=1e30, warmup_steps=0, checkpoint_every_steps=3), tmp_path / "steps")
+    assert [json.loads(line)["step"] for line in (tmp_path / "steps" / LOG).read_text().splitlines()] == [1]
+    assert not (tmp_path / "steps" / CHECKPOINT).exists()
+    with pytest.raises(UserError, match=r"the loss on held-out pairs is (nan|inf) at step 1; lower"):  # no second step
+        run(params(lr=1e30, warmup_steps=0, epochs=1), tmp_path / "epoch", n=3)
+    assert not (tmp_path / "epoch" / CHECKPOINT).exists()
+    adapter, schedule = make_adapter(params())
+    overflown = replace(make_pairs(2), embeds=torch.full((3, TOKENS, 2 * TEXT_WIDTH), math.nan))
+    with pytest.raises(UserError, match=r"the loss on held-out pairs is nan at step 0; set base\.dtype"):
+        train(adapter, schedule, make_pairs(2), overflown, params(), 0, tmp_path / "base")
 
 
 def test_weights_of_zero_are_a_users_mistake(tmp_path: Path) -> None:
@@ -605,6 +616,16 @@ def test_bad_pairs_are_a_users_mistake(tmp_path: Path) -> None:
     shutil.copytree(tmp_path, tmp_path / "a")
     write_table(pa.table({f.name: [] for f in PAIRS}, schema=PAIRS), tmp_path / "a" / "train.parquet")
     with pytest.raises(UserError, match=r"train\.parquet: no pairs"):
+        load_pairs(tmp_path / "a")
+    table = read_table(tmp_path / "train.parquet")
+    overflown = table["latent_1"].to_pylist()
+    overflown[2] = np.full(64, np.inf, np.float16).tobytes()
+    column = table.schema.get_field_index("latent_1")
+    write_table(
+        table.set_column(column, table.schema.field(column), pa.array(overflown, table.schema.field(column).type)),
+        tmp_path / "a" / "train.parquet",
+    )
+    with pytest.raises(UserError, match=r"train\.parquet, row 3: latent_1 holds values that are no numbers.*base\.vae"):
         load_pairs(tmp_path / "a")
     (tmp_path / "text.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a whole safetensors"):

@@ -224,7 +224,9 @@ def _load_text(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); run the stage score again") from None
     if "null.embeds" not in text or "null.pooled" not in text:
-        raise UserError(f"{path}: no embedding of the empty prompt (null.embeds, null.pooled)")
+        raise UserError(
+            f"{path}: no embedding of the empty prompt (null.embeds, null.pooled); run the stage score again"
+        )
     return text
 
 
@@ -240,6 +242,14 @@ def _latents(table: pa.Table, column: str, sizes: Tensor, path: Path) -> Tensor:
     for row, (data, (h, w)) in enumerate(zip(table[column].to_pylist(), sizes.tolist(), strict=True)):
         latent = np.frombuffer(data, dtype="<f2")
         if latent.size != LATENT_CHANNELS * h * w:
-            raise UserError(f"{path}: {column} does not have the size that latent_shape {[LATENT_CHANNELS, h, w]} says")
+            raise UserError(
+                f"{path}, row {row + 1}: {column} does not have the size that latent_shape {[LATENT_CHANNELS, h, w]} "
+                "says; run the stage score again"
+            )
+        if not np.isfinite(latent).all():
+            raise UserError(
+                f"{path}, row {row + 1}: {column} holds values that are no numbers: the base model overflowed. "
+                "Set base.dtype to float32, or base.vae to one that is safe in 16 bits, and make the pairs again."
+            )
         padded[row, :, :h, :w] = torch.from_numpy(latent.reshape(LATENT_CHANNELS, h, w).copy())
     return padded

@@ -156,9 +156,7 @@ def train(
 
             epoch_ends = step_in_epoch == steps_per_epoch - 1
             if epoch_ends or state.step % params.checkpoint_every_steps == 0:
-                for row in read(unread, schedule.n_timesteps):
-                    state.log.append(row)
-                    append_row(folder / LOG, row)
+                read(unread, schedule.n_timesteps, state.log, folder / LOG)
                 unread.clear()
                 if epoch_ends:
                     state.epochs.append(check(method, state, held_out, params, seed, reward_check))
@@ -207,16 +205,26 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def read(steps: list[Step], n_timesteps: int) -> list[Row]:
-    """The rows of the log; the device is waited for. Raises :class:`UserError` at a loss that is no number."""
-    rows = []
+def read(steps: list[Step], n_timesteps: int, log: list[Row], path: Path) -> None:
+    """Read the steps into the log and its file; the device is waited for.
+
+    Raises :class:`UserError` at a step that is no number; the steps before it are in the file and show how it came.
+    """
     for step in steps:
         loss, norm = step.loss.item(), step.gradient_norm.item()
-        if not math.isfinite(norm + loss):
-            raise UserError(f"train: the loss is {loss} at step {step.known['step']}; lower train.lr or train.beta")
+        check_finite("loss", loss, step.known["step"])
+        check_finite("gradient norm", norm, step.known["step"])
         row = {"step": step.known["step"], "epoch": step.known["epoch"], "loss": loss, "gradient_norm": norm}
-        rows.append(row | {"lr": step.known["lr"]} | summary(joined(merged(step.columns)), n_timesteps))
-    return rows
+        row |= {"lr": step.known["lr"]} | summary(joined(merged(step.columns)), n_timesteps)
+        log.append(row)
+        append_row(path, row)
+
+
+def check_finite(name: str, value: float, step: float | None) -> None:
+    """Raises :class:`UserError` at a value that is no number: no later step would mend it."""
+    if not math.isfinite(value):
+        remedy = "lower train.lr or train.beta" if step else "set base.dtype to float32: the base model overflows"
+        raise UserError(f"train: the {name} is {value} at step {step}; {remedy}")
 
 
 def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainParams, folder: Path) -> TrainingState:
@@ -249,6 +257,8 @@ def check(
     adapter = method.adapter
     with adapter.holding(state.ema) if state.ema is not None else nullcontext():
         row: Row = {"epoch": len(state.epochs), "step": state.step, **held_out_row(method, held_out, params, seed)}
+        assert row["loss"] is not None
+        check_finite("loss on held-out pairs", row["loss"], state.step)
         row["reward"] = None if reward_check is None else reward_check(adapter.unet)
     return row
 
