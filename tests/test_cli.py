@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from dspo import quick_train
 from dspo.check import check_setup
-from dspo.cli import app
+from dspo.cli import app, main
 from dspo.diffusion import candidates, sampling
 from dspo.dry_run import size
 from dspo.errors import UserError
@@ -223,6 +223,47 @@ def test_mistakes_end_with_exit_code_2(folder):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: none.csv: no such file. It should be a CSV with the header prompt,weight\n"
     assert not (folder / "o").exists()
+
+
+def test_too_little_memory_is_told_with_what_to_do(folder, models, monkeypatch, capsys):
+    """Noise for an image of this size has 2^48 bytes, more than a process can address."""
+    text = (folder / "params.yaml").read_text().replace(f"resolution: {RESOLUTION}", f"resolution: {2**25}")
+    (folder / "params.yaml").write_text(text)
+    command = ["batch-generate", "--model", str(models / "adapter"), "--prompts", "prompts.csv", "--output", "out"]
+    monkeypatch.setattr(sys, "argv", ["dspo", *command])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert said.startswith("error: out of memory (") and "lower the batch_size" in said and "base.resolution" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --prompts prompts.csv",
+        "batch-generate --model mine --prompts prompts.csv --output images",
+        "explain red picture.png",
+        "promote",
+    ],
+)
+def test_outside_a_clone_a_command_says_where_to_run_it(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "dspo.cli", *command.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert re.match(r"error: (params\.yaml: no such file|models/reward: no reward model here)", done.stderr)
+    assert "a clone of the repository" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_outside_a_clone_check_and_sync_say_so_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call("check")
+    assert done.exit_code == 1
+    assert "MISSING  parameters: params.yaml: no such file\n         -> run this inside a clone" in done.stdout
+    with pytest.raises(UserError, match=r"dvc\.lock: no such file.*inside a clone of the repository"):
+        call("sync")
+    assert not list(tmp_path.iterdir())
 
 
 def test_check_names_what_is_missing_and_its_remedy(folder):

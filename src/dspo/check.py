@@ -40,6 +40,10 @@ class Check:
 def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Check]:
     """Yield the checks in the order in which one would mend them; a params file with mistakes ends the list."""
     yield _versions()
+    if not params_file.exists():
+        remedy = "run this inside a clone of the repository, or name the file: --params FILE"
+        yield Check("parameters", f"{params_file}: no such file", remedy)
+        return
     try:
         params = load_params(params_file)
     except UserError as error:
@@ -110,11 +114,14 @@ def _weights(name: str, found: str, absent: Sequence[Missing]) -> Check:
 
 
 def _reward_model(folder: Path) -> Check:
+    remedy = f"dvc repro train_reward   or, where a remote holds it:   dvc pull {folder}"
+    weights = folder / "model.safetensors"
+    for path in (folder / "config.json", weights):
+        if not path.is_file():
+            return Check("reward model", f"{path}: no such file", remedy)
     try:
-        config = read_json(folder / "config.json")
-        size = (folder / "model.safetensors").stat().st_size
-    except (UserError, FileNotFoundError) as error:
-        remedy = f"dvc repro train_reward   or, where a remote holds it:   dvc pull {folder}"
+        config, size = read_json(folder / "config.json"), weights.stat().st_size
+    except UserError as error:
         return Check("reward model", str(error), remedy)
     untrained = ", ".join(config["untrained"])
     return Check(

@@ -202,7 +202,7 @@ def export(
     if format not in formats():
         raise UserError(f"--format {format}: expected one of {', '.join(formats())}")
     if rank is not None and format != "kohya":
-        raise UserError(f"--rank {rank}: only --format kohya has a rank of its own")
+        raise UserError(f"--rank {rank}: only --format kohya has a rank of its own. Leave --rank out.")
     check_writable(output.parent)
     folder = adapter_folder(adapter)
     if model_name is None:
@@ -281,19 +281,21 @@ def promote(
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Make a version of the world's adapter MLflow's champion, if its gold win rate's interval is above one half."""
+    world = load_params(params).world
     from dspo.environment import tracking_uri
     from dspo.tracking.champion import promote as move  # costly
 
-    typer.echo(move(tracking_uri(), load_params(params).world, version))
+    typer.echo(move(tracking_uri(), world, version))
 
 
 @app.command(rich_help_panel=KEEP, epilog="Example: dspo rollback")
 def rollback(params: ParamsFile = Path("params.yaml")) -> None:
     """Give MLflow's champion back to the version that held it before."""
+    world = load_params(params).world
     from dspo.environment import tracking_uri
     from dspo.tracking.champion import rollback as move  # costly
 
-    typer.echo(move(tracking_uri(), load_params(params).world))
+    typer.echo(move(tracking_uri(), world))
 
 
 @app.command(rich_help_panel=KEEP, epilog="Example: dspo sync")

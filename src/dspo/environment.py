@@ -30,7 +30,9 @@ def device() -> "torch.device":
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"DSPO_DEVICE={name}: no such device here ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"DSPO_DEVICE={name}: no such device here ({str(error).splitlines()[0]}). Give cpu, cuda or cuda:N."
+        ) from None
     return torch.device(name)
 
 

@@ -22,9 +22,11 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
+        raise UserError(
+            f"--config {path}: no such file. Give the path of a YAML file with lines of `option: value`."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not a YAML file: {error}") from None
+        raise UserError(f"--config {path}: not a YAML file. Mend this place: {error}") from None
     known = {name.lstrip("-") for option in context.command.params for name in option.opts} - {"config", "help"}
     if not isinstance(raw, dict):
         raise UserError(f"--config {path}: expected lines of `option: value`, for example `num-pairs: 200`")
@@ -60,8 +62,9 @@ def check_reward(folder: Path) -> None:
     """Raises :class:`UserError` unless ``folder`` holds a reward model."""
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder}: no reward model here. `dvc repro train_reward` makes models/reward, and where a remote holds "
-            "it `dvc pull models/reward` fetches it."
+            f"{folder}: no reward model here. `dvc repro train_reward` makes models/reward in a clone of the "
+            "repository, and where a remote holds it `dvc pull models/reward` fetches it. Name another folder with "
+            "--reward-model."
         )
 
 

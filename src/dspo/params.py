@@ -277,9 +277,11 @@ def read_yaml(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(
+            f"{path}: no such file. Run this inside a clone of the repository, or name the file with --params."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {error}") from None
+        raise UserError(f"{path}: not a YAML file. Mend this place: {error}") from None
 
 
 def validated(model: type[Model], value: object, where: object) -> Model:

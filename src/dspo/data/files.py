@@ -10,6 +10,8 @@ from typing import Any
 
 from dspo.errors import UserError
 
+COMES_FROM = "Check the path; what the pipeline makes comes with `dvc repro`."
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -70,6 +72,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. {COMES_FROM}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not a JSON file: {error}") from None
+        raise UserError(f"{path}: not a JSON file ({error}). Make it or fetch it again.") from None

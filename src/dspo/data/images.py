@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from dspo.data.files import whole_file
+from dspo.data.files import COMES_FROM, whole_file
 from dspo.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -75,7 +75,7 @@ def open_parquet(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]
                 raise UserError(f"{path}: no column {', '.join(missing)}; the file has {', '.join(present)}")
             yield file
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. {COMES_FROM}") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: not a whole parquet file ({error}). It was cut short or is of another format: "
@@ -87,5 +87,5 @@ def read_shards(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All parquet files of a folder in the order of their names, as one table. Errors as :func:`read_table`."""
     shards = sorted(folder.glob("*.parquet"))
     if not shards:
-        raise UserError(f"{folder}: no parquet files here")
+        raise UserError(f"{folder}: no parquet files here. {COMES_FROM}")
     return pa.concat_tables([read_table(shard, columns) for shard in shards])

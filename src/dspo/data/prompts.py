@@ -107,7 +107,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. It should be a CSV with the header prompt,weight") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Give a CSV file that you may read.") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

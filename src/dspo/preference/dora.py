@@ -230,7 +230,10 @@ def _add(unet: UNet2DConditionModel, params: TrainParams, seed: int, use_dora: b
     linear = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     for target in params.target_modules:
         if not any(_is_target(name, [target]) for name in linear):
-            raise UserError(f"train.target_modules: {target!r} is no Linear module of the base model's UNet")
+            raise UserError(
+                f"train.target_modules: {target!r} is no Linear module of the base model's UNet. "
+                "Name some that it has, such as to_q or ff.net.2."
+            )
     config = LoraConfig(
         r=params.rank,
         lora_alpha=params.alpha,
@@ -248,7 +251,10 @@ def load_adapter(unet: UNet2DConditionModel, folder: Path) -> PeftModel:
     """
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG}: not the configuration of a LoRA or DoRA adapter in PEFT's format")
+        raise UserError(
+            f"{folder / CONFIG}: not the configuration of a LoRA or DoRA adapter in PEFT's format. "
+            "Give the folder of one."
+        )
     _check_fits(unet, _shapes(folder / WEIGHTS), config, folder)
     return PeftModel.from_pretrained(unet, folder)
 
@@ -271,9 +277,9 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  it has no __iter__
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. Give a whole adapter folder.") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: not a whole safetensors file ({error}). Fetch or train the adapter again.") from None
 
 
 def _check_fits(unet: UNet2DConditionModel, shapes: dict[str, list[int]], config: dict[str, Any], folder: Path) -> None:

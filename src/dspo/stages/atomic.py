@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dspo
-from dspo.data.files import disk_errors, sync
+from dspo.data.files import COMES_FROM, disk_errors, sync
 from dspo.environment import scratch_root
 from dspo.errors import UserError
 
@@ -70,7 +70,7 @@ def fingerprint(params: Mapping[str, Any], inputs: Iterable[Path], code: Iterabl
     digest = hashlib.sha256(json.dumps(params, sort_keys=True, allow_nan=False).encode())
     for path in (*inputs, *code):
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder. {COMES_FROM}")
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
             with file.open("rb") as stream:

@@ -79,7 +79,10 @@ def rollback(uri: str, world: str) -> Change:
             raise UserError(f"{name}: no version is {CHAMPION} in {uri}. `dspo promote` names one.")
         *before, _ = history
         if not before:
-            raise UserError(f"{name}: version {holder} is the first {CHAMPION}; there is nothing to go back to.")
+            raise UserError(
+                f"{name}: version {holder} is the first {CHAMPION}; there is nothing to go back to. "
+                "`dspo promote` names another one."
+            )
         # The list first: without the alias, the version that should go counts as one that a person moved it to.
         client.set_registered_model_tag(name, HISTORY, json.dumps(before))
         client.set_registered_model_alias(name, CHAMPION, str(before[-1]))

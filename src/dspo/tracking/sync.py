@@ -58,7 +58,10 @@ def sync(uri: str | None = None, root: Path | None = None, first_timeout: int = 
     """
     uri, root = uri or tracking_uri(), root or repository_root()
     if not (root / LOCK).is_file():
-        raise UserError(f"{root / LOCK}: no such file. Run `dvc repro` first; there is nothing to send yet.")
+        raise UserError(
+            f"{root / LOCK}: no such file, so there is nothing to send yet. "
+            "Run `dvc repro` first, inside a clone of the repository."
+        )
     unsent = root / scratch_root() / "unsent"
     unsent.mkdir(parents=True, exist_ok=True)
     lock = os.open(unsent, os.O_RDONLY)

@@ -25,7 +25,7 @@ def read_comparisons(layout: str, path: Path) -> Iterator[Comparison]:
     :class:`UserError` that names file and row for whatever cannot be read.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder. Give the path of the ratings or pairs to read.")
     if layout != "mixed":
         yield from READERS[layout](path)
         return
@@ -50,5 +50,5 @@ def guess_layout(path: Path) -> str:
     ):
         return "pickapic"
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder. Give the path of the ratings or pairs to read.")
     raise UserError(f"{path}: which layout is this? Say so with --layout: {', '.join(READERS)}")

@@ -75,7 +75,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text. Save the file as UTF-8 and run again.") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. Give the path of a CSV file.") from None
 
 
 def _form(path: Path, header: list[str]) -> str:
@@ -99,5 +99,5 @@ def _numbers(where: str, row: dict[str, Any], low: float, high: float) -> dict[s
 
 def _image(folder: Path, cell: str, column: str, where: str) -> bytes:
     if not cell.strip():
-        raise UserError(f"{where}: no path in the column {column}")
+        raise UserError(f"{where}: no path in the column {column}. Write one or remove the row.")
     return read_image(folder / cell.strip(), where)

@@ -44,5 +44,5 @@ def _share(where: str, counts: Any) -> tuple[float, int]:
         raise UserError(f"{where}: choice_dist is {str(counts)[:40]}, expected two counts or null")
     least, most = sorted(checked_number(count, 0, MOST_VOTES, "choice_dist", where) for count in counts)
     if most == 0:
-        raise UserError(f"{where}: choice_dist holds no vote")
+        raise UserError(f"{where}: choice_dist holds no vote. Remove the row.")
     return most / (most + least), round(most + least)

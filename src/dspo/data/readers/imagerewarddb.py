@@ -56,7 +56,7 @@ def _scored(root: Path, row: dict[str, Any]) -> ScoredImage:
 
 def _image(root: Path, name: Any, where: str) -> bytes:
     if not isinstance(name, str) or not name:
-        raise UserError(f"{where}: no image_path")
+        raise UserError(f"{where}: no image_path. Write one or remove the row.")
     path = root / name
     archive = path.parent.with_suffix(".zip")
     if path.exists() or not archive.exists():
@@ -65,5 +65,7 @@ def _image(root: Path, name: Any, where: str) -> bytes:
         with zipfile.ZipFile(archive) as file:
             data = file.read(path.name)
     except (KeyError, zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{where}: {path.name} cannot be read from {archive} ({error})") from None
+        raise UserError(
+            f"{where}: {path.name} cannot be read from {archive} ({error}). Fetch the archive again."
+        ) from None
     return checked_image(data, f"{where}, {path.name} in {archive}")

@@ -42,9 +42,9 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{path}, row {number}", row
                 number += 1
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+        raise UserError(f"{path}: not UTF-8 text. Fetch the file again.") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. Give the path of a JSON file.") from None
 
 
 def _end_of_gap(text: str, at: int) -> int:

@@ -30,7 +30,7 @@ def shards(path: Path) -> list[Path]:
     """The file, or a folder's parquet files by name."""
     found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not found:
-        raise UserError(f"{path}: no parquet files here")
+        raise UserError(f"{path}: no parquet files here. Give a *.parquet file or a folder of such files.")
     return found
 
 

@@ -67,7 +67,7 @@ def _labels(file: Path) -> Iterator[tuple[str, str]]:
     for where, features in examples(file):
         name = _one(features, "filename", where)
         if not isinstance(name, bytes):
-            raise UserError(f"{where}: filename holds no text")
+            raise UserError(f"{where}: filename holds no text. Fetch the file again.")
         scores = {head: checked_number(_one(features, key, where), 0, 1, key, where) for head, key in SCORES.items()}
         yield PurePosixPath(name.decode("utf-8", "replace")).stem, json.dumps(scores)
 

@@ -41,7 +41,7 @@ def examples(path: Path) -> Iterator[tuple[str, dict[str, Feature]]]:
             try:
                 yield where, parse_example(body[:length])
             except (ValueError, IndexError, struct.error):
-                raise UserError(f"{where}: not a tf.train.Example message") from None
+                raise UserError(f"{where}: not a tf.train.Example message. Fetch the file again.") from None
 
 
 def parse_example(message: bytes) -> dict[str, Feature]:
