@@ -12,7 +12,8 @@ import pytest
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
-KEYS = {"Tab": 9, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+KEYS = {"Tab": 9, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39}
+KEYS |= {"ArrowDown": 40}
 
 
 class Browser:
@@ -97,6 +98,12 @@ class Browser:
 
     def point(self, x: float, y: float) -> None:
         self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        held = {"button": "left", "buttons": 1, "clickCount": 1}
+        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+        for kind, (x, y) in (("Pressed", start), ("Moved", middle), ("Moved", end), ("Released", end)):
+            self("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, **held)
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self("Page.captureScreenshot")["data"]))

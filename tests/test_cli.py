@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from chromium import Browser, clean
+from gallery import assert_page
 from peft import PeftModel
 from PIL import Image
 from reward_tiny import make_clip, reward_params
@@ -576,6 +577,7 @@ def test_two_adapters_on_one_page(judged_by_reward_alone, models, reward, tmp_pa
         captions = browser.js("[...document.querySelectorAll('.prompt')].map(p => p.textContent)")
         assert set(captions) == set(PROMPTS)
         assert clean(browser)
+        assert_page(browser, pages[0])
     finally:
         browser.close()
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from chromium import Browser, clean
+from gallery import assert_page
 from PIL import Image
 
 from dspo.data.files import write_json
@@ -581,8 +582,12 @@ def test_the_committed_page_is_light_fits_a_phone_and_tells_all_heads(browser: B
     assert clean(browser)
 
 
+def test_the_page_holds_what_every_page_of_pairs_does(browser: Browser, reports: Path) -> None:
+    assert_page(browser, reports / "index.html")
+
+
 def test_light_and_dark(browser: Browser, reports: Path) -> None:
-    """By the system's setting, and by the button. Text has contrast in both."""
+    """By the system's setting, and by the button."""
     ink = "getComputedStyle(document.body).color"
     seen = []
     for dark in (False, True):

@@ -24,7 +24,8 @@ from dspo.reward.model import PROMPTED_HEADS
 ACROSS = 6  # pictures in a row
 NOTE = (
     "Above: the patches that each head looked at. Below: the patches that each word of the prompt looked at.\n"
-    "Brighter: more attention. It says where the model looked, not why it scored so."
+    "Brighter: more attention, above and below on scales of their own. It says where the model looked, not why it "
+    "scored so."
 )
 
 Map = NDArray[np.float32]
@@ -182,8 +183,11 @@ def draw(said: Explanation) -> Figure:
 
 
 def _overlay(axis: Any, image: Pixels, map_: Map, scale: float) -> None:
-    """The image in grey under the map; the brightest colour stands for ``scale``."""
+    """The image in grey under the map; the brightest colour stands for ``scale``, and where less was looked at more of
+    the image shows."""
     size = len(image)
     axis.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=(0, size, size, 0))
     # By the square root: one patch often takes most of the attention, and the others should still be told apart.
-    axis.imshow(map_, cmap="inferno", norm=PowerNorm(0.5, 0, scale), alpha=0.65, extent=(0, size, size, 0))
+    norm = PowerNorm(0.5, 0, scale)
+    opacity = 0.45 + 0.35 * np.asarray(norm(map_))
+    axis.imshow(map_, cmap="inferno", norm=norm, alpha=opacity, extent=(0, size, size, 0))

@@ -92,7 +92,7 @@ def plain(axis: Axes, title: str, x: str) -> None:
 def judges_plot(rows: Mapping[str, Mapping[str, Any]], names: Names = BASE_AND_TUNED) -> Figure:
     """Decided win rate of the second side over the first by every judge, with its 95 % interval."""
     shown = [(name, row) for name, row in rows.items() if row["win_rate"] is not None][::-1]
-    figure = new_figure(7.0, 0.32 * len(shown) + 0.9)
+    figure = new_figure(5.4, 0.32 * len(shown) + 0.9)
     axis = figure.subplots()
     for position, (name, row) in enumerate(shown):
         colour = BASE_COLOUR if name.startswith("reward") else TUNED_COLOUR
@@ -102,7 +102,7 @@ def judges_plot(rows: Mapping[str, Mapping[str, Any]], names: Names = BASE_AND_T
     axis.set_yticks(range(len(shown)), [words(name) for name, _ in shown])
     axis.set_xlim(0, 1)
     plain(
-        axis, f"Win rate of {names[1]} over {names[0]}; grey: the reward that was trained on", "share of decided images"
+        axis, f"Win rate of {names[1]} over {names[0]}; grey: trained on", "share of decided images"
     )
     return figure
 
@@ -113,7 +113,7 @@ def seeds_plot(study: Mapping[str, Any]) -> Figure:
     ``study``: what ``loss_seeds.json`` holds. A loss of which a training ran away has the rings of the others alone.
     """
     losses = study["settings"]["losses"]
-    figure = new_figure(7.0, 0.42 * len(losses) + 0.9)
+    figure = new_figure(5.4, 0.42 * len(losses) + 0.9)
     axis = figure.subplots()
     for position, loss in enumerate(losses):
         arm = study["arms"][loss]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dspo.data.files import whole_file, write_json
-from dspo.reporting.tables import JUDGES, NONE, Json, Table, interval, markdown, number, rate
+from dspo.reporting.tables import JUDGES, NONE, Json, Table, interval, main_first, markdown, number, rate, words
 
 
 def study_tables(studies: Json) -> list[Table]:
@@ -169,7 +169,7 @@ def _overopt(study: Json) -> Table:
 def _audit(study: Json) -> Table:
     rates = study["tuned_against_base"]["win_rates"]
     rows = [
-        [name.replace("_", " "), rate(row), str(row["n_decided"]), str(row["n_images"])] for name, row in rates.items()
+        [words(name), rate(row), str(row["n_decided"]), str(row["n_images"])] for name, row in main_first(rates).items()
     ]
     note = f"The adapter on {study['num_prompts']} fresh prompts with {study['seeds']} seeds, seed {study['seed']}."
     return Table("Audit", ("judge", "win rate over base", "decided", "images"), rows, note)
