@@ -64,7 +64,9 @@ def assert_page(browser: Browser, page: Path) -> None:
 def slider(browser: Browser) -> None:
     """The first pair's: dragged there and back, then moved by keys from where the pointer left it."""
     browser.js("document.querySelector('.pair').scrollIntoView({behavior: 'instant', block: 'center'})")
-    box = browser.js("(b => [b.x, b.y, b.width, b.height])(document.querySelector('.pair input').getBoundingClientRect())")
+    box = browser.js(
+        "(b => [b.x, b.y, b.width, b.height])(document.querySelector('.pair input').getBoundingClientRect())"
+    )
     left, y, width = box[0], box[1] + box[3] / 3, box[2]
     assert cut(browser) == 50
     browser.drag((left + width / 2, y), (left + 0.2 * width, y))
@@ -96,7 +98,9 @@ def orders(browser: Browser) -> None:
             assert [rank(*side) for side in sides] == sorted(rank(*side) for side in sides), (judges[judge], order)
             assert all(card["visible"] for card in cards) and len(cards) == len(before)
             for card, side in zip(cards, sides, strict=True):
-                assert [abs(float(text) - value) < 1e-3 for text, value in zip(card["shown"], side, strict=True)] == [True] * 2
+                assert [abs(float(text) - value) < 1e-3 for text, value in zip(card["shown"], side, strict=True)] == [
+                    True
+                ] * 2
 
 
 def choose(browser: Browser, name: str, value: Any) -> None:

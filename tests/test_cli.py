@@ -20,7 +20,7 @@ from reward_tiny import make_clip, reward_params
 from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
 from typer.testing import CliRunner
 
-from dspo import quick_train
+from dspo import estimate, quick_train
 from dspo.check import check_setup
 from dspo.cli import app, main
 from dspo.diffusion import candidates, sampling
@@ -98,41 +98,83 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_help_is_quick_and_names_the_commands():
-    code = "import sys; from dspo.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("False\n")
-    commands = (
-        "check",
-        "train",
-        "import-pairs",
-        "batch-generate",
-        "export",
-        "compare",
-        "explain",
-        "sync",
-        "promote",
-        "rollback",
+COMMANDS = {
+    "check": "Begin",
+    "train": "Train",
+    "import-pairs": "Train",
+    "batch-generate": "Use what was trained",
+    "export": "Use what was trained",
+    "compare": "Look closely",
+    "explain": "Look closely",
+    "sync": "Keep records",
+    "promote": "Keep records",
+    "rollback": "Keep records",
+}
+ASKED = """
+import sys
+from dspo.cli import app
+try:
+    app()
+finally:
+    print("costly:", sorted({"torch", "numpy", "diffusers", "mlflow", "pandas", "dvc"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train"]])
+def test_help_and_mistakes_import_nothing_that_takes_long(words):
+    done = subprocess.run([sys.executable, "-c", ASKED, *words], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "costly: []"
+    assert done.returncode == (0 if "--help" in words else 2)
+
+
+def test_help_has_groups_and_examples_and_whole_names_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    told = call("--help").stdout
+    place = [told.index(f"─ {group} ─") for group in dict.fromkeys(COMMANDS.values())]
+    rows = {name: told.index(f"\n│ {name} ") for name in COMMANDS}
+    groups = list(dict.fromkeys(COMMANDS.values()))
+    for name, group in COMMANDS.items():
+        assert sum(start < rows[name] for start in place) - 1 == groups.index(group)
+    assert "Examples:" in told and "dspo train --prompts prompts.csv --dry-run" in told
+    for name in COMMANDS:
+        told = call(name, "--help").stdout
+        assert f"Example: dspo {name}" in told and "…" not in told
+
+
+BASH = """
+dspo --install-completion >/dev/null
+source ~/.bashrc
+complete -p dspo
+ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _dspo_completion dspo "${@: -1}"; echo "${COMPREPLY[@]}"; }
+ask dspo ""
+ask dspo tr
+ask dspo train --gr
+ask dspo explain --
+ask dspo train --prompts pr
+"""
+
+
+def test_bash_completes_commands_and_options_once_it_is_installed(tmp_path):
+    """As a new shell would; where nothing is offered, bash completes names of files."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", BASH], capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path), "PATH": path}
     )
-    assert all(f" {command} " in done.stdout for command in commands)
-    assert all(text in done.stdout for text in ("Examples:", "dspo train --prompts prompts.csv --dry-run", "Look"))
+    how, *told = done.stdout.split("\n")[:-1]
+    assert how.startswith("complete -o default ") and done.stderr == ""
+    commands, *rest = (line.split() for line in told)
+    assert set(commands) == set(COMMANDS)
+    assert rest == [["train"], ["--gradient-accumulation-steps"], ["--output", "--reward-model", "--help"], []]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shell_completes_commands_and_options(shell):
+@pytest.mark.parametrize(("shell", "words"), [("zsh", "dspo train --dry"), ("fish", "dspo train --dry")])
+def test_the_other_shells_are_answered_in_their_form(shell, words):
     """As the installed script asks: typer's own protocol, through the environment."""
-    words = {"bash": "dspo ba", "zsh": "dspo train --dry", "fish": "dspo train --ep"}[shell]
-    expected = {"bash": "batch-generate", "zsh": "--dry-run", "fish": "--epochs"}[shell]
-    asked = {
-        "_DSPO_COMPLETE": f"complete_{shell}",
-        "_TYPER_COMPLETE_ARGS": words,
-        "COMP_WORDS": words,
-        "COMP_CWORD": "1",
-    }
+    asked = {"_DSPO_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words}
     asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     program = Path(sys.executable).with_name("dspo")
     done = subprocess.run([program], capture_output=True, text=True, env=os.environ | asked)
-    assert expected in done.stdout
+    assert "--dry-run" in done.stdout and "--epochs" not in done.stdout
 
 
 def test_one_image_per_prompt_and_seed_with_a_manifest(folder, models):
@@ -467,6 +509,23 @@ def test_the_plan_of_a_training_is_what_the_training_does(plain_prompts, reward,
     kept = [*state["adapter"].values(), *state["ema"].values(), *state["best"]["adapter"].values()]
     kept += [tensor for of_one in state["optimizer"]["state"].values() for tensor in of_one.values() if tensor.ndim]
     assert parts["training state"] == size(sum(tensor.nbytes for tensor in kept))
+    assert parts["adapter"] == size(sum(tensor.nbytes for tensor in state["adapter"].values()))
+    memory, disk = (amounts(plan[row]) for row in ("memory", "disk"))
+    assert memory[0] == max(memory[1:]) and len(memory) == 4
+    assert disk[0] == pytest.approx(sum(disk[1:]), rel=0.01) and len(disk) == 5
+
+    world = load_params(Path("params.yaml")).active
+    base = estimate.load_base(world.base)
+    peak = estimate.training_peak(estimate.with_adapter(base, world.train), base, world.train, RESOLUTION)
+    step = estimate.parameter_bytes(base.unet) + sum(tensor.nbytes for tensor in kept) + peak
+    assert f"a training step {size(step)}" in plan["memory"]
+
+
+def amounts(text):
+    """Every size in bytes."""
+    return [
+        float(number) * 1000 ** " kMG".index(unit or " ") for number, unit in re.findall(r"([\d.]+) ([kMG]?)B\b", text)
+    ]
 
 
 def count_samples(monkeypatch):
@@ -495,14 +554,44 @@ def test_the_plan_of_a_generation_counts_what_is_missing(folder, models):
     )  # the whole batch of two is made again, so that its bytes are the same
 
 
-def test_options_come_from_a_file_and_the_command_line_wins(plain_prompts, reward):
-    (plain_prompts / "mine.yaml").write_text(
-        f"prompts: prompts.csv\nreward_model: {reward}\nnum-pairs: 6\nepochs: 5\nlr: 1e-4\ndry_run: true\n"
-    )
-    done = call("train", "--config", "mine.yaml", "--epochs", 3)
-    training = yaml.safe_load(done.stdout.split("\n\n", 1)[0])["train"]
-    assert (training["epochs"], training["lr"]) == (3, 1e-4)
-    assert plan_of(done.stdout)["prompts"].startswith("3,")
+def test_every_option_comes_from_a_file_or_the_command_line_which_wins(plain_prompts, models, reward):
+    """All of the design's flags, seen in the resolved configuration."""
+    (plain_prompts / "other.csv").write_text("prompt\nred\nblue\n")
+    in_file = {
+        "prompts": "other.csv",
+        "output": "there",
+        "reward_model": str(reward),
+        "model-name": str(models),
+        "num-pairs": 2,
+        "epochs": 5,
+        "lr": "1e-4",
+        "gradient_accumulation_steps": 3,
+        "dry_run": True,
+    }
+    given = {
+        "--prompts": "prompts.csv",
+        "--output": "here",
+        "--reward-model": "./reward",
+        "--model-name": f"{models / 'base'}/",
+        "--num-pairs": 6,
+        "--epochs": 4,
+        "--lr": 1e-3,
+        "--gradient-accumulation-steps": 2,
+    }
+    (plain_prompts / "reward").symlink_to(reward)
+    told = []
+    for options in (in_file | {"model-name": str(models / "base")}, in_file):
+        (plain_prompts / "mine.yaml").write_text(yaml.safe_dump(options))
+        done = call("train", "--config", "mine.yaml", *(word for pair in given.items() for word in pair if told))
+        said = yaml.safe_load(done.stdout.split("\n\n", 1)[0])
+        training = [said["train"][name] for name in ("epochs", "lr", "gradient_accumulation_steps")]
+        places = [said[name] for name in ("prompts", "output", "reward_model")]
+        counted = first_numbers(plan_of(done.stdout)["prompts"])[0]
+        told.append([*places, said["base"]["model"], said["num_pairs"], *training, counted])
+    assert told == [
+        ["other.csv", "there", str(reward), str(models / "base"), 2, 5, 1e-4, 3, 2],
+        ["prompts.csv", "here", "reward", f"{models / 'base'}/", 6, 4, 1e-3, 2, 3],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ Examples:
 Every command explains itself: dspo train --help. Your shell completes them after dspo --install-completion.
 """
 BEGIN, TRAIN, USE, LOOK, KEEP = "Begin", "Train", "Use what was trained", "Look closely", "Keep records"
+# In a panel of its own, since beside longer texts an 80 column terminal cuts --gradient-accumulation-steps.
+HOW, WORLDS = "How it is trained", "default: the world's"
 
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -75,9 +77,11 @@ def train(
     reward_model: RewardFolder = Path("models/reward"),
     model_name: ModelName = None,
     num_pairs: Annotated[int, typer.Option(min=2, help="preference pairs to make, at most")] = 200,
-    epochs: Annotated[int | None, typer.Option(min=1, help="default: the world's")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate; default: the world's")] = None,
-    gradient_accumulation_steps: Annotated[int | None, typer.Option(min=1, help="default: the world's")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, metavar="N", rich_help_panel=HOW, help=WORLDS)] = None,
+    lr: Annotated[float | None, typer.Option(rich_help_panel=HOW, help=f"learning rate; {WORLDS}")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", rich_help_panel=HOW, help=WORLDS)
+    ] = None,
     config: Config = None,
     dry_run: DryRun = False,
     params: ParamsFile = Path("params.yaml"),
@@ -98,7 +102,7 @@ def train(
     if dry_run:
         from dspo.dry_run import plan_training  # costly
 
-        typer.echo(plan_training(changed, prompts, reward_model, num_pairs))
+        typer.echo(plan_training(changed, prompts, reward_model, num_pairs, output))
         return
     from dspo.quick_train import quick_train  # costly; mistakes above are told at once
 

@@ -37,7 +37,7 @@ LATENT_CHANNELS = 4
 Rows = Mapping[str, str]
 
 
-def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_pairs: int) -> str:
+def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_pairs: int, output: Path) -> str:
     """What `dspo train` would do. Raises :class:`UserError` for bad prompts, or a model that is not there."""
     prompts, world = resolved(params.active, prompts_file, num_pairs)
     base = load_base(world.base)
@@ -71,8 +71,10 @@ def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_p
         "training state": trained * FLOAT32 * (ADAM + averages + 2),
         "adapter": trained * FLOAT32,
     }
+    places = {"prompts": str(prompts_file), "reward_model": str(reward_folder), "output": str(output)}
+    settings = {"num_pairs": num_pairs, "world": params.world, "seed": params.seed}
     return told(
-        {"world": params.world, "seed": params.seed, **chosen(world, "base", "generate", "score", "train")},
+        {**places, **settings, **chosen(world, "base", "generate", "score", "train")},
         {
             "prompts": f"{len(prompts)}, {checked} of them held out for the reward check",
             "images": f"{candidates + checks + 2 * checked}: {candidates} candidates, {checks} in "

@@ -101,9 +101,7 @@ def judges_plot(rows: Mapping[str, Mapping[str, Any]], names: Names = BASE_AND_T
     axis.axvline(0.5, color=THIRD_COLOUR, linewidth=1, linestyle="--")
     axis.set_yticks(range(len(shown)), [words(name) for name, _ in shown])
     axis.set_xlim(0, 1)
-    plain(
-        axis, f"Win rate of {names[1]} over {names[0]}; grey: trained on", "share of decided images"
-    )
+    plain(axis, f"Win rate of {names[1]} over {names[0]}; grey: trained on", "share of decided images")
     return figure
 
 

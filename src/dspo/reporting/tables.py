@@ -148,7 +148,9 @@ def gamed(results: Json) -> list[str]:
 
 
 def agreement(rows: Json) -> Table:
-    lines = [[words(name), *estimate(row), str(row["n"]), str(row["n_prompts"])] for name, row in main_first(rows).items()]
+    lines = [
+        [words(name), *estimate(row), str(row["n"]), str(row["n_prompts"])] for name, row in main_first(rows).items()
+    ]
     columns = ("judge", "same order as gold", "95 % interval", "pairs", "prompts")
     return Table("Agreement with gold on base images", columns, lines)
 
