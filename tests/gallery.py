@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from chromium import Browser, clean
 
 ORDERS: dict[str, Callable[[float, float], float]] = {
@@ -57,7 +58,7 @@ def assert_page(browser: Browser, page: Path) -> None:
         browser.js("for (const details of document.querySelectorAll('details')) details.open = true")
         browser.js("document.querySelector('.pair input').focus()")  # its scores are texts too
         number, faint = browser.js(FAINT)
-        assert number > browser.js("document.querySelectorAll('.pair').length") and faint == []
+        assert number > browser.js("document.querySelectorAll('.pair').length") and not faint, faint
         assert clean(browser)
 
 
@@ -98,9 +99,7 @@ def orders(browser: Browser) -> None:
             assert [rank(*side) for side in sides] == sorted(rank(*side) for side in sides), (judges[judge], order)
             assert all(card["visible"] for card in cards) and len(cards) == len(before)
             for card, side in zip(cards, sides, strict=True):
-                assert [abs(float(text) - value) < 1e-3 for text, value in zip(card["shown"], side, strict=True)] == [
-                    True
-                ] * 2
+                assert [float(text) for text in card["shown"]] == pytest.approx(side, abs=1e-3)
 
 
 def choose(browser: Browser, name: str, value: Any) -> None:

@@ -459,6 +459,8 @@ def test_every_study_has_its_table() -> None:
     assert losses.rows[0][2] == "0.60* (0.50 to 0.70)" and losses.rows[1][5] == "ran away"
     beside = next(table for table in tables if table.title.startswith("What else"))
     assert beside.rows[0][2:] == ["0.580", "+3.0 (1.0 to 5.0)", "80"]
+    audit = next(table for table in tables if table.title == "Audit")
+    assert [row[0] for row in audit.rows[:3]] == ["gold overall", "second judge", "reward overall"]
     seeds = next(table for table in tables if "seeds" in table.title)
     assert [row[:3] for row in seeds.rows] == [["sft", "0.70 (0.60 to 0.80)", "0.65 (0.60 to 0.70)"], ["dpo", "–", "–"]]
 
