@@ -66,5 +66,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/cache \
     PYTHONPATH=/workspace/src
 USER 1000:1000
+# DVC dies of TERM at once, with its locks held; at INT it waits for the stage, which gets it too, and lets them go.
+STOPSIGNAL SIGINT
 ENTRYPOINT ["tini", "-g", "--", "entrypoint"]
 CMD ["dvc", "repro"]

@@ -33,6 +33,14 @@ check_clone() {
   fi
 }
 
+check_locks() {
+  # DVC asks whether the process that it names there is alive, and in every container there is one of that number.
+  if grep -qs '"pid"' .dvc/tmp/rwlock; then
+    warn "a run of DVC in this folder goes on elsewhere, or was killed: .dvc/tmp/rwlock holds its locks." \
+      "if none goes on: rm .dvc/tmp/rwlock"
+  fi
+}
+
 check_gpu() {
   if ! command -v nvidia-smi >/dev/null 2>&1; then
     warn "no GPU in this container: all runs on the CPU, for which the world 'shapes' is made and 'sdxl' is not." \
@@ -75,8 +83,10 @@ check_folder "mount it without :ro, and owned by you: sudo chown -R \"\$(id -u):
 check_folder "docker run -v dspo-cache:$HOME …" "$HOME"
 check_folder "docker run --tmpfs /tmp …" /tmp
 check_clone
+check_locks
 check_gpu
 check_base_model
-# With no network (--network none) the hub's client would ask again and again before it looks into its cache.
-[ "$(ls /sys/class/net)" != lo ] || export HF_HUB_OFFLINE=1
+# With no network (--network none) the hub's client would ask again and again before it looks into its cache. The routes
+# tell it, not the interfaces: some hosts put idle tunnels beside `lo`.
+cat /proc/net/route /proc/net/ipv6_route 2>/dev/null | grep -Eqv '^Iface|[[:space:]]lo$' || export HF_HUB_OFFLINE=1
 exec "$@"

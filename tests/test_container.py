@@ -77,9 +77,18 @@ def test_where_nothing_is_missing_nothing_is_said(clone: Path, tools: Path) -> N
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-@pytest.mark.parametrize(("interfaces", "offline"), [("lo", "1"), ("'eth0\nlo'", "")])
-def test_without_a_network_the_hub_is_not_asked(clone: Path, tools: Path, interfaces: str, offline: str) -> None:
-    program(tools, "ls", f"echo {interfaces}")
+@pytest.mark.parametrize(
+    ("routes", "offline"),
+    [
+        ("", "1"),
+        ("eth0 00000000 010011AC 0003 0 0 0 00000000", ""),
+        ("fe800000000000000000000000000000 40 00000000000000000000000000000000 00 00000001     eth0", ""),
+    ],
+)
+def test_without_a_network_the_hub_is_not_asked(clone: Path, tools: Path, routes: str, offline: str) -> None:
+    """As the kernel says it: a headline, `lo` in any case, and what interfaces there are, but not idle ones."""
+    lo = "00000000000000000000000000000000 00 00000000000000000000000000000000 00 00200200       lo"
+    program(tools, "cat", f"printf '%s\\n' 'Iface Destination Gateway ' '{routes or lo}' '{lo}'")
     assert enter(clone, tools, "sh", "-c", 'echo "$HF_HUB_OFFLINE"').stdout == f"{offline}\n"
 
 
@@ -192,6 +201,15 @@ def test_a_folder_that_is_no_clone_is_named(place: Path, tools: Path) -> None:
     assert done.returncode == 2
     assert "no Git repository" in done.stderr
     assert '-> mount a whole clone, with its .git: docker run -v "$PWD":/workspace' in done.stderr
+
+
+@pytest.mark.parametrize(("held", "said"), [('{"write": {"out": {"pid": 7, "cmd": "dvc repro"}}}', True), ("{}", False)])
+def test_locks_of_a_run_that_was_killed_are_named(clone: Path, tools: Path, held: str, said: bool) -> None:
+    (clone / ".dvc/tmp").mkdir(parents=True)
+    (clone / ".dvc/tmp/rwlock").write_text(held)
+    done = enter(clone, tools, "true")
+    assert done.returncode == 0
+    assert ("-> if none goes on: rm .dvc/tmp/rwlock" in done.stderr) == said
 
 
 def test_dubious_ownership_names_the_user_to_run_as(clone: Path, tools: Path) -> None:

@@ -3,6 +3,7 @@
 make image && DSPO_DOCKER_RUN='docker run' pytest tests/test_image.py
 """
 
+import importlib
 import os
 import shlex
 import shutil
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import project
+from tiny_run import ROOT, project
+
+from dspo.params import load_params
 
 RUN = shlex.split(os.environ.get("DSPO_DOCKER_RUN", ""))
 IMAGE = "dspo"
@@ -31,11 +34,11 @@ def run(*arguments: str | Path, status: int = 0) -> str:
     return done.stdout
 
 
-def give(folder: Path) -> None:
+def give(folder: Path, user: int = USER) -> None:
     """Everything below ``folder`` to the user who calls."""
     if os.geteuid() == 0:
         for path in (folder, *folder.rglob("*")):
-            os.chown(path, USER, USER, follow_symlinks=False)
+            os.chown(path, user, user, follow_symlinks=False)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def mounts() -> Iterator[tuple[Path, Path]]:
 
 @pytest.fixture(scope="module")
 def flags(mounts: tuple[Path, Path]) -> list[str]:
-    return [*STRICT, f"--volume={mounts[0]}:/workspace", f"--volume={mounts[1]}:/cache"]
+    return [*STRICT, f"--volume={mounts[1]}:/cache", f"--volume={mounts[0]}:/workspace"]
 
 
 def test_the_three_commands(mounts: tuple[Path, Path], flags: list[str]) -> None:
@@ -125,3 +128,74 @@ def test_without_gpu_and_weights_it_says_so_and_goes_on(mounts: tuple[Path, Path
     assert "missing in the hub's cache" in said
     assert "-> docker run --rm -v dspo-cache:/cache dspo hf download stabilityai/" in said
     assert said.endswith("goes on\n")
+
+
+LOAD = """
+import sys, time
+from pathlib import Path
+import torch
+from dspo.diffusion.base import load_pipeline
+from dspo.params import load_params
+base = load_params(Path("params.yaml")).worlds["sdxl"].base
+start = time.monotonic()
+pipe = load_pipeline(base, torch.device("cpu"))
+print(f"loaded in {time.monotonic() - start:.1f} s")
+print(sum(weight.numel() for weight in pipe.unet.parameters()))
+"""
+
+
+def test_weights_in_the_mounted_cache_load_without_a_network(
+    mounts: tuple[Path, Path], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few random weights, under the names and commits of SDXL's."""
+    cache = mounts[0].parent / "weights"
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    base = load_params(ROOT / "params.yaml").worlds["sdxl"].base
+    sizes = importlib.import_module("random_sdxl").write_base(cache / "huggingface/hub", base, "tiny")
+    give(cache)
+    said = run(*STRICT, f"--volume={mounts[0]}:/workspace", f"--volume={cache}:/cache", IMAGE, "python", "-c", LOAD)
+    print(said)
+    assert said.endswith(f"\n{sizes['unet']}\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+def test_a_user_without_a_name_works_too(mounts: tuple[Path, Path]) -> None:
+    clone = mounts[0].parent / "nameless"
+    shutil.copytree(mounts[0], clone, symlinks=True)
+    cache = mounts[0].parent / "nameless-cache"
+    cache.mkdir()
+    flags = [*STRICT, "--user=4321:4321", f"--volume={clone}:/workspace", f"--volume={cache}:/cache"]
+    for folder in (clone, cache):
+        give(folder, 4321)
+    assert "I have no name" in run(*flags, IMAGE, "sh", "-c", "whoami || echo I have no name")
+    run(*flags, IMAGE, "dvc", "repro", "prepare_prompts")
+    assert (clone / "dvc.lock").stat().st_uid == 4321
+
+
+STAGE = """
+import signal
+print("waiting", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("how", "clean"), [("stop", True), ("kill", False)])
+def test_a_stop_leaves_no_lock_and_a_kill_leaves_one_that_is_named(flags: list[str], how: str, clean: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        clone = Path(name)
+        (clone / "dvc.yaml").write_text("stages: {wait: {cmd: python stage.py, outs: [out]}}")
+        (clone / "stage.py").write_text(STAGE)
+        subprocess.run(["git", "init", "--quiet", clone], check=True)
+        (clone / ".dvc").mkdir()
+        (clone / ".dvc/config").touch()
+        give(clone)
+        place = [*flags[:-1], f"--volume={clone}:/workspace"]
+        container = f"dspo-{clone.name}".lower()
+        command = [*RUN, *place, f"--name={container}", IMAGE]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+            assert running.stdout is not None
+            assert any(line == "waiting\n" for line in running.stdout)
+            subprocess.run([*RUN[:-1], how, container], check=True, capture_output=True)
+            assert ("KeyboardInterrupt" in running.stdout.read()) == clean
+        said = run(*place, IMAGE, "dvc", "status", "--quiet", status=1)
+        assert ("rm .dvc/tmp/rwlock" not in said) == clean
