@@ -27,7 +27,7 @@ check_clone() {
         fail "Git does not trust $PWD: \"dubious ownership\". It belongs to uid $(stat -c %u .), this is uid $(id -u)." \
           "docker run --user $(stat -c %u:%g .) …   or mount it at /workspace, which Git trusts here" ;;
       *)
-        fail "$PWD is no Git repository, and DVC needs one ($problem)." \
+        fail "$PWD is no Git repository, and DVC needs one ($(printf '%s\n' "$problem" | head -n 1))." \
           "mount a whole clone, with its .git: docker run -v \"\$PWD\":/workspace …" ;;
     esac
   fi

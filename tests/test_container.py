@@ -199,8 +199,10 @@ def test_a_folder_that_is_no_clone_is_named(place: Path, tools: Path) -> None:
     (empty / "dvc.yaml").write_text("stages: {}\n")
     done = enter(empty, tools, "true")
     assert done.returncode == 2
-    assert "no Git repository" in done.stderr
+    assert "needs one (fatal: not a git repository" in done.stderr
     assert '-> mount a whole clone, with its .git: docker run -v "$PWD":/workspace' in done.stderr
+    program(tools, "git", "printf 'fatal: none up to /\\nStopping at a boundary\\n' >&2; exit 128")  # as at a mount
+    assert "needs one (fatal: none up to /).\n" in enter(empty, tools, "true").stderr
 
 
 @pytest.mark.parametrize(("held", "said"), [('{"write": {"out": {"pid": 7, "cmd": "dvc repro"}}}', True), ("{}", False)])
