@@ -205,7 +205,9 @@ def test_a_folder_that_is_no_clone_is_named(place: Path, tools: Path) -> None:
     assert "needs one (fatal: none up to /).\n" in enter(empty, tools, "true").stderr
 
 
-@pytest.mark.parametrize(("held", "said"), [('{"write": {"out": {"pid": 7, "cmd": "dvc repro"}}}', True), ("{}", False)])
+@pytest.mark.parametrize(
+    ("held", "said"), [('{"write": {"out": {"pid": 7, "cmd": "dvc repro"}}}', True), ("{}", False)]
+)
 def test_locks_of_a_run_that_was_killed_are_named(clone: Path, tools: Path, held: str, said: bool) -> None:
     (clone / ".dvc/tmp").mkdir(parents=True)
     (clone / ".dvc/tmp/rwlock").write_text(held)
