@@ -19,7 +19,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/venv/bin/python --no-deps /build
 
 FROM ${BASE} AS system
-# git: DVC stands on it; `dvc exp run` commits, by a name that the repository's own settings replace. gcc and libc6-dev: Triton compiles its launchers when it runs. tini: signals reach the stage.
+# git: DVC stands on it; `dvc exp run` commits, by a name that the repository's own settings replace. gcc and libc6-dev: Triton compiles its launchers when it runs. tini -g: signals reach the stage.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends git gcc libc6-dev tini \
