@@ -53,8 +53,10 @@ def dspo(folder: Path, uri: str, *arguments: str) -> subprocess.CompletedProcess
 
 def test_at_the_terminal(uri: str, tmp_path: Path) -> None:
     shutil.copyfile(PARAMS, tmp_path / "params.yaml")
+    done = dspo(tmp_path, uri, "promote", "2")
+    assert (done.returncode, done.stdout) == (0, f"{NAME}: version 2 is champion (none before)\n"), done.stderr
     done = dspo(tmp_path, uri, "promote")
-    assert (done.returncode, done.stdout) == (0, f"{NAME}: version 4 is champion (none before)\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{NAME}: version 4 is champion (before: version 2)\n"), done.stderr
     done = dspo(tmp_path, uri, "promote", "3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -62,9 +64,14 @@ def test_at_the_terminal(uri: str, tmp_path: Path) -> None:
         "interval from 0.450, which is not above 0.5.\n"
     )
     done = dspo(tmp_path, uri, "rollback")
-    assert done.returncode == 2
-    assert done.stderr == f"error: {NAME}: version 4 is the first champion; there is nothing to go back to.\n"
-    assert champion(uri) == 4
+    assert (done.returncode, done.stdout) == (0, f"{NAME}: version 2 is champion (before: version 4)\n"), done.stderr
+    done = dspo(tmp_path, uri, "rollback")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: {NAME}: version 2 is the first champion; there is nothing to go back to. "
+        "`dspo promote` names another one.\n"
+    )
+    assert champion(uri) == 2
 
 
 def test_rollback_goes_back_step_by_step_and_forward_again(uri: str) -> None:

@@ -44,6 +44,7 @@ print(json.dumps({
     "report": [file.path for file in client.list_artifacts(runs["report"].info.run_id)],
     "page": client.download_artifacts(runs["report"].info.run_id, "index.html"),
     "adapter": version.tags["dvc.adapter_md5"],
+    "description": version.description,
 }))
 """
 IN_STORAGE = """
@@ -211,10 +212,16 @@ def test_the_server_answers_to_its_names_and_no_other(network: Network, name: st
 def test_the_one_off_sends_its_run_to_the_database_and_the_storage(
     network: Network, tiny_run: Path, tmp_path: Path
 ) -> None:
-    """`docker compose run --rm pipeline`, and what is then in each service."""
+    """`docker compose run --rm pipeline` after a sync that found no server, and what is then in each service."""
     workspace = Path(shutil.copytree(tiny_run, tmp_path / "workspace"))
     code = {"PYTHONPATH": f"{workspace}/src", "DSPO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     pipeline = SERVICES["pipeline"]
+    away = {"MLFLOW_TRACKING_URI": "http://mlflow:9"}  # nothing listens there
+    done = network.run(["dspo", "sync"], pipeline["environment"] | code | away, cwd=workspace)
+    (waiting,) = (workspace / "scratch/unsent").iterdir()
+    assert done.returncode == 2
+    said = f"error: http://mlflow:9: MLflow did not take the runs; `dspo sync` sends what waits in {waiting.parent}."
+    assert said in done.stdout
     done = network.run(pipeline["command"], pipeline["environment"] | code, cwd=workspace)
     assert done.returncode == 0, done.stdout
     assert done.stdout.endswith("runs sent: 1\n")
@@ -230,6 +237,24 @@ def test_the_one_off_sends_its_run_to_the_database_and_the_storage(
     assert Path(there["page"]).read_bytes() == (workspace / "reports/index.html").read_bytes()
     adapter = next(out["md5"] for out in stages["train"]["outs"] if out["path"] == "models/adapter")
     assert there["adapter"] == adapter
+
+    gold = json.loads((workspace / "data/evaluation/results.json").read_text())
+    gold = gold["tuned_against_base"]["win_rates"]["gold_overall"]
+    figures = f"{gold['win_rate']:.3f} | {gold['low']:.3f} to {gold['high']:.3f}"
+    base = next(dep["md5"] for dep in stages["train"]["deps"] if dep["path"] == "models/shapes-sdxl")
+    for line in (
+        f"DoRA adapter of rank 2 for the UNet of `models/shapes-sdxl` (a folder of this repository, md5 `{base}`)",
+        f"| win rate over base, gold | {figures} |",
+        f"The gold judge decided {gold['n_decided']} images.",
+        "**Load it** from the repository's root, which holds the base",
+        'load_model("models:/dspo-adapter-shapes@champion")',
+        "dict(num_inference_steps=1, guidance_scale=1, height=64, width=64)",
+        "`models/shapes-sdxl` in float32, sampled by `ddim`",
+    ):
+        assert line in there["description"]
+    done = network.run(["dspo", "promote"], pipeline["environment"] | code, cwd=workspace)
+    assert done.returncode == 2
+    assert f"version 1 is not promoted. The gold judge decided {gold['n_decided']} images" in done.stdout
 
     # Clients know of the server alone; the files are in the storage, byte for byte.
     assert there["uri"].startswith("mlflow-artifacts:/")
