@@ -6,12 +6,29 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from dspo.errors import UserError
 from dspo.stages import atomic
 from dspo.stages.atomic import fingerprint, open_scratch
+
+ROOT = Path(__file__).parents[1]
+# Python runs a module of this name before any other. It waits, finished, until its standard input ends.
+WAITS = """
+import sys
+
+def wait(event, args):
+    if event == "os.rename" and str(args[0]).endswith(".incoming"):
+        print("finished", flush=True)
+        sys.stdin.read()
+
+sys.addaudithook(wait)
+"""
 
 
 class Killed(BaseException):
@@ -145,6 +162,40 @@ def test_folder_of_a_running_process_is_neither_removed_nor_shared(folder):
     assert first.path.exists()
     with pytest.raises(UserError, match="another process is at work"):
         open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+
+
+def test_stages_of_two_experiments_that_run_at_once_on_one_scratch_folder(folder):
+    """Each publishes what its own parameters make, and none works where another one does."""
+    (folder / "waits").mkdir()
+    (folder / "waits/sitecustomize.py").write_text(WAITS)
+
+    def start(experiment, test_share, waits=False):
+        copy = folder / experiment
+        copy.mkdir(exist_ok=True)
+        params = yaml.safe_load((ROOT / "params.yaml").read_text())
+        params["worlds"]["shapes"]["prompts"]["test_share"] = test_share
+        (copy / "params.yaml").write_text(yaml.safe_dump(params))
+        paths = [*([str(folder / "waits")] if waits else []), str(ROOT / "src")]
+        return subprocess.Popen(
+            [sys.executable, "-m", "dspo.stages.prepare_prompts", "--params", "params.yaml",
+             "--prompts", ROOT / "data/prompts.csv", "--output", "prompts"],
+            cwd=copy, env={"PYTHONPATH": os.pathsep.join(paths), "DSPO_SCRATCH": str(folder / "scratch")},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    first = start("first", 0.2, waits=True)
+    assert first.stdout.readline() == "finished\n", first.communicate()
+    others = [start("second", 0.3), start("like-the-first", 0.2)]
+    said = [other.communicate()[1] for other in others]
+    assert [other.returncode for other in others] == [0, 2], said
+    assert "another process is at work here" in said[1]
+    assert not (folder / "like-the-first/prompts").exists()
+    assert first.communicate()[1] == ""
+    alone = start("alone", 0.2)
+    assert (first.returncode, alone.wait()) == (0, 0)
+    made = {name: tree(folder / name / "prompts") for name in ("first", "second", "alone")}
+    assert made["first"] == made["alone"] != made["second"]
+    assert tree(folder / "scratch") == {}
 
 
 def test_fingerprint_counts_parameters_contents_names_and_code(folder):
