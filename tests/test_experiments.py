@@ -138,13 +138,16 @@ def test_two_experiments_are_compared_by_figures_curves_and_images(
     assert difference["params"]["params.yaml"][LR] == {"old": 0.25, "new": 0.5, "diff": 0.25}
     assert difference["metrics"]["reports/summary.json"]["evaluation.gold.win_rate"]["diff"] == 0.25
 
-    page = tmp_path / "page"
-    drawn = json.loads(shell(finished, "dvc", "plots", "diff", first, second, "--json", "--out", page).stdout)["data"]
-    (loss,) = next(data for name, data in drawn.items() if name.endswith("training loss"))
-    assert loss["revisions"] == [first, second]
-    assert first in json.dumps(loss["content"])
-    images = [item for item in drawn["reports/plots/grid.png"] if item["type"] == "image"]
-    colours = {item["revisions"][0]: Image.open(item["url"]).getpixel((0, 0))[0] for item in images}
+    said = shell(finished, "dvc", "plots", "diff", first, second, "--out", tmp_path / "page").stdout
+    index = tmp_path / "page/index.html"
+    assert said.endswith(f"{index.as_uri()}\n")
+    page = index.read_text(encoding="utf-8")
+    plots = {name: json.loads(plot) for plot, name in re.findall(r"var spec = (\{.*?\});\s*vegaEmbed\('#(\w+)'", page)}
+    rows = [row for row in plots["training_loss"]["data"]["values"] if row["filename"] == "log.csv"]
+    expected = {(name, step, float(lr) * step) for lr, name in grid.items() for step in (1, 2)}
+    assert {(row["rev"], int(row["step"]), float(row["loss"])) for row in rows} == expected
+    images = dict(re.findall(r"<p>([\w-]+)</p>\s*<img src=\"(.+?)\">", page))
+    colours = {name: Image.open(index.parent / image).getpixel((0, 0))[0] for name, image in images.items()}
     assert colours == {first: 63, second: 127}
 
 
