@@ -1,12 +1,16 @@
-"""What README and the pages of docs/ name is there: links and their headings, commands with their options, targets."""
+"""What README and the pages of docs/ name is there: links and headings, commands with their options, parameters."""
 
 import importlib.util
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
+from dvc.cli import DvcParserError, parse_args
 
 from dspo.cli import app
 
@@ -14,6 +18,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ *```.*?\n(.*?)^ *```$", re.M | re.S)
 COMMANDS = vars(typer.main.get_command(app))["commands"]
+PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+SECTIONS = "|".join(PARAMS["worlds"]["shapes"])
+PARAMETER = re.compile(rf"(worlds\.[a-z]+\.)?((?:{SECTIONS})\.(?!py|csv|json)[a-z_.]*[a-z_])(?: |:|$)")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 
 
@@ -34,6 +41,38 @@ def commands(text: str) -> list[str]:
     return [*blocks.splitlines(), *(" ".join(span.split()) for span in spans)]
 
 
+def has(values: Any, key: str) -> bool:
+    """Whether nested dictionaries have the key ``a.b.c``."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def wrong_dvc(words: list[str]) -> Iterator[str]:
+    """Parsed by DVC itself; a command that a sentence mentions may lack what it is applied to."""
+    try:
+        args = parse_args(words)
+    except DvcParserError:
+        try:
+            parse_args([*words, "--help"] if all(word.isalpha() for word in words) else words)
+        except DvcParserError:
+            yield f"dvc {' '.join(words)}: DVC does not take it"
+        except SystemExit:  # help was shown
+            pass
+        return
+    for change in getattr(args, "set_param", None) or []:
+        file, _, key = change.partition("=")[0].rpartition(":")
+        if not has(yaml.safe_load((ROOT / (file or "params.yaml")).read_text(encoding="utf-8")), key):
+            yield f"dvc {' '.join(words)}: no such parameter"
+    for target in args.targets if args.cmd == "repro" else []:
+        file, _, stage = target.partition(":") if "/" in target else ("dvc.yaml", "", target)
+        stages = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["stages"]
+        if stage and stage.partition("@")[0] not in stages:
+            yield f"dvc {' '.join(words)}: no such stage"
+
+
 def wrong(page: Path, text: str) -> Iterator[str]:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
         path, _, anchor = target.partition("#")
@@ -49,6 +88,12 @@ def wrong(page: Path, text: str) -> Iterator[str]:
         for target in re.findall(r"^make ([a-z-]+)", line):
             if target not in TARGETS:
                 yield f"make {target}: no such target"
+        for rest in re.findall(r"(?:^|&& |; |' |run )dvc ([^|&;…]*)", line):
+            yield from wrong_dvc(shlex.split(rest))
+        if name := PARAMETER.match(line):
+            places = [PARAMS] if name[1] else PARAMS["worlds"].values()
+            if not any(has(place, (name[1] or "") + name[2]) for place in places):
+                yield f"{name[0].rstrip(' :')}: no such parameter"
         for name in re.findall(r"\bpython -m (dspo[\w.]*)", line):
             if importlib.util.find_spec(name) is None:
                 yield f"python -m {name}: no such module"
@@ -89,6 +134,13 @@ def test_all_pages_are_reached_from_the_readme() -> None:
         ("```sh\ndspo nothing\n```", "dspo nothing: no such command"),
         ("```sh\ndspo train --prompts x \\\n  --nothing 3\n```", "dspo train --nothing: no such option"),
         ("`cd x && dspo sync --nothing`", "dspo sync --nothing: no such option"),
+        ("`dvc nothing`", "dvc nothing: DVC does not take it"),
+        ("`dvc repro --nothing`", "dvc repro --nothing: DVC does not take it"),
+        ("`x && dvc exp nothing`", "dvc exp nothing: DVC does not take it"),
+        ("`dvc repro nothing`", "dvc repro nothing: no such stage"),
+        ("`dvc exp run -S worlds.shapes.train.no=1`", "dvc exp run -S worlds.shapes.train.no=1: no such parameter"),
+        ("`train.nothing: 1.0`", "train.nothing: no such parameter"),
+        ("`worlds.sdxl.train.nothing`", "worlds.sdxl.train.nothing: no such parameter"),
         ("`python -m dspo.nothing`", "python -m dspo.nothing: no such module"),
         ("`python -m dspo.cli train --nothing`", "dspo train --nothing: no such option"),
     ],
@@ -99,4 +151,4 @@ def test_what_is_not_there_is_found(text: str, found: str) -> None:
 
 def test_what_is_there_passes() -> None:
     text = "[x](docs/method.md#losses) `make repro` `dspo train --prompts p --lr 1` `git clone URL dspo` `dspo --help`"
-    assert list(wrong(ROOT / "README.md", text)) == []
+    assert list(wrong(ROOT / "README.md", f"{text} `dvc get` `dvc repro train` `train.lr: 1.0` `train.py`")) == []
