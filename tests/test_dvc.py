@@ -1,8 +1,10 @@
 """DVC's commands on this repository's own dvc.yaml and params.yaml; the stages' code is replaced by a stand-in."""
 
 import csv
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+OWN = ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "Makefile",
+       "tools/exp_table.py")  # fmt: skip
 CHANGE = "worlds.shapes.train.lr=0.5"
 
 # Writes a stage's declared outputs. Folders of the plots are filled from `tables`, which the fixture writes.
@@ -27,7 +31,7 @@ for out in [*stage["outs"], *stage.get("metrics", [])]:
     path = pathlib.Path(out if isinstance(out, str) else next(iter(out)))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix:
-        path.write_text(json.dumps({"lr": lr, "gold": {"win_rate": 0.8}}, indent=2))
+        path.write_text(json.dumps({"lr": lr, "evaluation": {"gold": {"win_rate": 0.8}}}, indent=2))
     else:
         path.mkdir(exist_ok=True)
         (path / "stage.json").write_text(json.dumps({"lr": lr if stage["outs"][0] == "models/adapter" else None}))
@@ -39,11 +43,11 @@ for out in [*stage["outs"], *stage.get("metrics", [])]:
 """
 
 
-def run(folder: Path, *command: str) -> str:
+def run(folder: Path, *command: str, fails: bool = False) -> str:
     who = {f"GIT_{role}_{what}": "tests@localhost" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     environment = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "HOME": str(folder.parent), **who}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout
 
 
@@ -83,7 +87,7 @@ def write_tables(root: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository after `dvc repro` and a commit; what tests change, they change in a copy."""
     root = tmp_path_factory.mktemp("dvc") / "root"
-    for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
+    for name in OWN:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     made = output_folders()
@@ -190,3 +194,74 @@ def test_what_was_pushed_is_pulled_into_a_clone_and_the_adapter_alone_too(root: 
     run(tmp_path, "dvc", "artifacts", "get", str(root), "adapter", "--out", "by-version")
     for name in ("by-path", "by-version"):
         assert (tmp_path / name / "stage.json").exists()
+
+
+def test_a_damaged_or_lost_output_comes_back(root: Path) -> None:
+    """As docs/troubleshooting.md says: from DVC's own copy; where that is damaged as well, by its stage."""
+    output = root / "models/adapter/stage.json"
+    good = output.read_bytes()
+    md5 = hashlib.md5(good, usedforsecurity=False).hexdigest()
+    copy = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    output.write_bytes(b"damaged in the workspace")
+    run(root, "dvc", "checkout", "--force", "models/adapter")
+    assert output.read_bytes() == good
+
+    (root / "src/dspo/stages/train.py").write_text("raise SystemExit(2)")
+    assert run(root, "dvc", "repro", "train", fails=True)
+    assert not output.exists()
+    run(root, "git", "checkout", "--quiet", ".")
+    run(root, "dvc", "checkout")
+    assert output.read_bytes() == good
+
+    copy.chmod(0o644)
+    copy.write_bytes(b"damaged in the cache")
+    copy.chmod(0o444)
+    output.unlink()
+    run(root, "dvc", "checkout", "--force", "models/adapter")
+    assert output.read_bytes() == copy.read_bytes()  # DVC trusts what is write-protected, and
+    assert "train" not in run(root, "dvc", "status")
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    mend = re.search(r"^```sh\n(rm -r models/adapter\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert mend
+    run(root, "bash", "-euc", mend[1].replace("make repro", "dvc repro"))
+    assert output.read_bytes() == good
+    assert copy.read_bytes() == good
+
+
+# For docs/tutorial.md: the environment is there; MLflow's server would not end. What `dspo` does is shown by other
+# tests; here everything that it is given must be there by then.
+AT_THE_TERMINAL = """
+make() { [ "$1" = mlflow ] || command make --assume-old setup "$@"; }
+source() { [ "$1" = .venv/bin/activate ]; }
+dspo() {
+  local last= word
+  for word in "${@:2}"; do
+    case $last$word in --output*|--format*) ;; *) [[ $word = --* ]] || ls "$word" ;; esac
+    last=; [[ $word != --* ]] || last=$word
+  done
+}
+export -f dspo
+"""
+
+
+def test_the_tutorial_from_its_first_command_to_its_last(finished: Path, tmp_path: Path) -> None:
+    """In an empty folder, by somebody whose clones share a cache: it has the outputs of the first run."""
+    folder, clone = tmp_path / "empty", tmp_path / "empty/dspo"
+    folder.mkdir()
+    shutil.copytree(finished / ".dvc/cache", tmp_path / "cache")
+    (tmp_path / ".config/dvc").mkdir(parents=True)
+    (tmp_path / ".config/dvc/config").write_text(f"[cache]\n    dir = {tmp_path / 'cache'}\n")
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    said = []
+    for block in re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        start = AT_THE_TERMINAL + (f"cd {clone}\n" if said else "")
+        said.append(run(folder, "bash", "-euc", start + block.replace("URL_OF_THE_REPOSITORY", str(finished))))
+    assert "report: " in said[0]
+    ran = [line for line in said[2].splitlines() if line.startswith("Running stage")]
+    assert ran == [f"Running stage '{stage}':" for stage in ("train", "evaluate", "report")]
+    assert "gentle" in said[3] and "worlds.shapes.train.lr" in said[3]
+    rates = [json.loads((clone / f"outputs/{name}/stage.json").read_text())["lr"] for name in ("first", "gentle")]
+    assert rates == [3e-4, 1.5e-4]
+    assert json.loads((clone / "models/adapter/stage.json").read_text())["lr"] == 1.5e-4
+    assert run(clone, "git", "status", "--porcelain") == ""
+    assert run(clone, "git", "log", "--format=%s").splitlines() == ["A lower learning rate", "run"]
