@@ -73,7 +73,7 @@ def printed() -> str:
     for file in (ROOT / "src/dspo").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in ast.iter_child_nodes(node))
                 texts.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant):
                 texts.append(str(node.value))
