@@ -5,6 +5,7 @@ The stages that need models are stand-ins that write their declared outputs at o
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,14 +22,26 @@ from dspo.tracking.sync import sync
 
 LR = "worlds.shapes.train.lr"
 REAL = "prepare_prompts"
+DEAD = {
+    "dead": r"^error: params\.yaml: worlds\.shapes\.prompts\.test_share: Input should be less than 1$",
+    "killed": r"^ERROR: failed to reproduce 'train': .*, exited with (-9|137)$",  # by the shell
+}
 STAND_IN = """
-import json, pathlib, shutil, yaml
+import json, os, pathlib, shutil, signal, yaml
 from PIL import Image
+from dspo.stages.atomic import open_scratch
 name = pathlib.Path(__file__).stem
 stage = yaml.safe_load(open("dvc.yaml"))["stages"][name]
 lr = yaml.safe_load(open("params.yaml"))["worlds"]["shapes"]["train"]["lr"]
 if name not in ("train", "evaluate", "report"):
     lr = 0
+if name == "train" and "MEET" in os.environ:
+    if lr > 1:
+        os.kill(os.getpid(), signal.SIGKILL)  # as where memory runs out
+    scratch = open_scratch(name, {"lr": lr}, [])
+    signal.alarm(300)
+    open(os.environ["MEET"], "w" if lr < 0.5 else "r").close()  # a pipe: opens when the other end does
+    print("met in", scratch.path.resolve())
 summary = {"evaluation": {"gold": {"win_rate": lr, "ci95": [lr, lr]}}, "train": {"loss": 1 - lr}}
 def table(path, *columns):
     rows = [columns, *([step] + [lr * step] * (len(columns) - 1) for step in (1, 2))]
@@ -78,11 +91,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def grid(finished: Path) -> dict[str, str]:
-    """Names by lr of a grid of two that ran in the queue; a third in the queue died of a parameter."""
+    """Names by lr of a grid of two, which met in training; of the queue's others each dies in its own way."""
     shell(finished, "dvc", "exp", "run", "--queue", "--set-param", f"{LR}=0.25,0.5")
     shell(finished, "dvc", "exp", "run", "--queue", "--name", "dead", "-S", "worlds.shapes.prompts.test_share=1.5")
-    shell(finished, "dvc", "exp", "run", "--run-all", "--jobs", "2")
-    return {row[LR]: row["Experiment"] for row in table(finished) if row["Experiment"] not in ("", "dead")}
+    shell(finished, "dvc", "exp", "run", "--queue", "--name", "killed", "--set-param", f"{LR}=2")
+    os.mkfifo(finished.parent / "meet")
+    shell(finished, "dvc", "exp", "run", "--run-all", "--jobs", "2", env={"MEET": str(finished.parent / "meet")})
+    return {row[LR]: row["Experiment"] for row in table(finished) if row["Experiment"] not in ("", *DEAD)}
 
 
 def table(root: Path) -> list[dict[str, str]]:
@@ -101,14 +116,31 @@ def test_a_grid_in_the_queue_leaves_two_experiments_and_the_workspace_as_it_was(
     assert json.loads((finished / "models/adapter/adapter_config.json").read_text())["lora_dropout"] == shipped
 
 
+def logs(root: Path) -> list[str]:
+    return [path.read_text() for path in (root / ".dvc/tmp/exps/run").glob("*/*.out")]
+
+
 @pytest.mark.usefixtures("grid")
-def test_one_that_died_in_the_queue_says_why_and_its_log_is_found(finished: Path) -> None:
-    assert re.search(r"dead\s.*Failed", shell(finished, "dvc", "queue", "status").stdout)
-    message = "error: params.yaml: worlds.shapes.prompts.test_share: Input should be less than 1"
-    assert message in shell(finished, "dvc", "queue", "logs", "dead").stdout
-    logs = list((finished / ".dvc/tmp/exps/run").glob("*/*.out"))
-    assert sum(message in log.read_text() for log in logs) == 1
-    (row,) = [row for row in table(finished) if row["Experiment"] == "dead"]
+def test_two_that_run_at_once_have_a_scratch_folder_each(finished: Path) -> None:
+    first, second = (Path(found) for log in logs(finished) for found in re.findall(r"^met in (.+)$", log, re.M))
+    assert first.parent != second.parent
+    for folder in (first, second):
+        assert folder.parts[-3:-1] == ("scratch", "train")
+        assert folder.is_relative_to(finished / ".dvc/tmp/exps")
+    assert not list((finished / "scratch").glob("*/*"))
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("name", DEAD)
+def test_one_that_died_in_the_queue_says_why_and_its_log_is_found(finished: Path, name: str) -> None:
+    status = shell(finished, "dvc", "queue", "status").stdout
+    found = re.search(rf"^(\w+)\s+{name}\s.*Failed", status, re.M)
+    assert found, status
+    said = shell(finished, "dvc", "queue", "logs", name).stdout
+    assert re.search(DEAD[name], said, re.M), said
+    (log,) = (finished / ".dvc/tmp/exps/run").glob(f"{found[1]}*/*.out")
+    assert log.read_text().strip() == said.strip()
+    (row,) = [row for row in table(finished) if row["Experiment"] == name]
     assert row["State"] == "Failed"
 
 
