@@ -234,6 +234,7 @@ def test_adapter_of_another_base_is_refused(folder, models, tmp_path):
     (tmp_path / "named" / "adapter_config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="does not fit the base model's UNet"):
         generate(tmp_path / "named", "other", "--model-name", models / "base")
+    generate(models / "adapter", "other")  # the folder is still nobody's
 
 
 @pytest.mark.parametrize("name", ["none", "someone/some-model"])

@@ -100,9 +100,9 @@ def adapter_folder(model: Path) -> Path:
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Make ``output`` this run's, or make sure that it already is."""
+    """Make ``output`` this run's, or make sure that it already is. A run that made no image has no claim."""
     path = output / RUN
-    if not path.exists():
+    if not path.exists() or not any(output.glob("images/*")):
         write_json(settings, path)
         return
     different = [name for name, value in settings.items() if read_json(path).get(name) != value]
