@@ -96,6 +96,13 @@ class Browser:
     def type(self, text: str) -> None:
         self("Input.insertText", text=text)
 
+    def click(self, text: str) -> None:
+        """On what shows this text and no more; waits for it."""
+        shown = f"e.innerText?.trim() === {json.dumps(text)} && e.checkVisibility()"
+        found = f"[...document.querySelectorAll('*')].findLast(e => {shown})"
+        self.until(f"window.clicked = {found}")
+        self.js("window.clicked.click()")
+
     def point(self, x: float, y: float) -> None:
         self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 

@@ -88,7 +88,7 @@ artifacts:
 def shell(folder: Path, *command: str) -> str:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     identity = {f"GIT_{who}_{what}": "tests@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment = {"PATH": path, **identity}
+    environment = {"PATH": path, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), **identity}
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, env=environment).stdout
 
 
@@ -177,7 +177,7 @@ def parents(uri: str) -> list[mlflow.entities.Run]:
 
 
 def test_a_run_is_mirrored_whole_and_only_once(root: Path, uri: str) -> None:
-    assert len(sync(uri, root)) == 1
+    assert shell(root / "models", "dspo", "sync") == "runs sent: 1\n"  # to mlflow.db at the root
     assert sync(uri, root) == []
     (parent,) = parents(uri)
     stages = {run.data.tags["dvc.stage"]: run for run in runs(uri) if run.info.run_id != parent.info.run_id}
@@ -287,7 +287,9 @@ def test_the_pages_in_a_browser_after_the_folder_moved(
 
     browser = Browser(tmp_path / "profile")
     with closing(browser), served(root) as address:
-        browser.open(f"{address}/#/models/dspo-adapter-shapes")
+        browser.open(address)
+        for text in ("Model training", "Model registry", "dspo-adapter-shapes"):
+            browser.click(text)
         browser.until("document.body.innerText.includes('Champion: version 1')")
         browser.until("[...document.images].some(one => one.src.includes('sample_grid.png') && one.naturalWidth)")
         browser.until("document.body.innerText.includes('@\\u00a0champion')")
@@ -296,6 +298,12 @@ def test_the_pages_in_a_browser_after_the_folder_moved(
         assert {"win rate over base, gold", "0.700", "0.600 to 0.800"} <= set(cells)
         code = 'load_model("models:/dspo-adapter-shapes@champion")'
         assert code in browser.js("document.body.innerText")
+        browser.click("Version 1")
+        browser.until("document.body.innerText.includes('Registered At')")
+        browser.until("document.body.innerText.includes('@\\u00a0champion')")
+        assert browser.js("location.hash") == "#/models/dspo-adapter-shapes/versions/1"
+        judged = f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
+        assert judged in browser.js("[...document.links].map(link => link.getAttribute('href'))")
 
 
 def test_whoever_loads_the_champion_gets_the_images_that_were_judged(
@@ -341,15 +349,19 @@ def test_only_an_adapter_that_the_gold_judge_prefers_becomes_champion(root: Path
     assert dirty == {"0.1": "false", "0.2": "true"}
 
 
-def test_experiments_are_mirrored_under_their_names(root: Path, uri: str) -> None:
+def test_experiments_are_mirrored_under_their_names(root: Path, uri: str, finished_run: Path) -> None:
     sync(uri, root)
-    changed = ("-S", "worlds.shapes.train.lr=0.7", "-S", "worlds.shapes.evaluate.low=0.9")
+    revision = ("-S", "worlds.shapes.base.revision=v1.0")
+    changed = ("-S", "worlds.shapes.train.lr=0.7", "-S", "worlds.shapes.evaluate.low=0.9", *revision)
     shell(root, "dvc", "exp", "run", "--quiet", "--temp", "-n", "hot", *changed)
     assert len(sync(uri, root)) == 1
     assert sync(uri, root) == []
     by_lr = {run.data.params["train.lr"]: run for run in parents(uri)}
     assert by_lr["0.7"].info.run_name == by_lr["0.7"].data.tags["dvc.exp_name"] == "hot"
     assert by_lr["0.7"].data.tags["dvc.baseline_rev"] == by_lr["0.1"].data.tags["git.commit"]
+    said = by_lr["0.7"].data.tags["mlflow.note.content"]
+    assert f"for the UNet of `{finished_run.parent / 'base'}` (revision `v1.0`)" in said
+    assert "loss `dspo`, learning rate 0.7, 2 epochs, seed 0." in said
     # The same adapter from another learning rate: one version, and what an experiment says of it moves no gate.
     (version,) = MlflowClient(uri, uri).search_model_versions("name = 'dspo-adapter-shapes'")
     assert version.tags["gold.low"] == "0.6"

@@ -151,9 +151,10 @@ def collect(
 
     ``stages``: of its dvc.lock. Raises FileNotFoundError if an output is neither in the workspace nor in DVC's cache.
     """
+    # Paths of `files` begin with a slash: DVC takes others from the current folder, wherever that is.
     params = {name: _params(stage) for name, stage in stages.items()}
     train = params[TRAIN]
-    adapter = yaml.safe_load(files.read_bytes("dvc.yaml"))["artifacts"]["adapter"]["path"]
+    adapter = yaml.safe_load(files.read_bytes("/dvc.yaml"))["artifacts"]["adapter"]["path"]
     _copy(files, adapter, folder / "adapter", lambda path: True)
     record = RunRecord(
         key=key,
@@ -180,7 +181,7 @@ def _outs(stages: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _md5(files: DVCFileSystem, path: str) -> str:
-    return hashlib.md5(files.read_bytes(path), usedforsecurity=False).hexdigest()
+    return hashlib.md5(files.read_bytes(f"/{path}"), usedforsecurity=False).hexdigest()
 
 
 def _stage(files: DVCFileSystem, name: str, params: dict[str, str], lock: Any, folder: Path) -> StageRecord:
@@ -210,7 +211,7 @@ def _stage(files: DVCFileSystem, name: str, params: dict[str, str], lock: Any, f
 
 def _copy(files: DVCFileSystem, out: str, folder: Path, wanted: Callable[[PurePosixPath], bool]) -> None:
     """Copy the wanted files of an output, a file or a folder, to ``folder``."""
-    for name in files.find(out):
+    for name in files.find(f"/{out}"):
         path = PurePosixPath(name.lstrip("/"))
         if wanted(path):
             inside = path.relative_to(out)
