@@ -11,6 +11,8 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,31 @@ def test_a_folder_is_a_remote(tiny_run: Path, tmp_path: Path) -> None:
     shell(tmp_path / "clone", "dvc", "pull", "models/adapter")
     assert contents(tmp_path / "clone/models/adapter") == contents(root / "models/adapter")
     assert "failed to pull" in shell(tmp_path / "clone", "dvc", "pull", "models/reward", fails=True).stdout
+
+
+class Static(SimpleHTTPRequestHandler):
+    """A web server's usual answers: it gives files and takes none."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_is_read_and_pushes_go_to_a_remote_of_ones_own(tiny_run: Path, tmp_path: Path) -> None:
+    """The committed default cannot be written to, by whomever."""
+    root = Path(shutil.copytree(tiny_run, tmp_path / "root"))
+    (tmp_path / "store").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Static, directory=str(tmp_path / "store"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        shell(root, "dvc", "remote", "modify", "storage", "url", f"http://127.0.0.1:{server.server_port}")
+        shell(root, "git", "commit", "--quiet", "--all", "--message", "our storage")
+        assert "501" in shell(root, "dvc", "push", "models/adapter", fails=True).stdout
+        shell(root, "dvc", "remote", "add", "--local", "upload", tmp_path / "store")
+        shell(root, "dvc", "push", "--remote", "upload", "models/adapter")
+        assert shell(root, "git", "status", "--porcelain").stdout == ""
+        shell(tmp_path, "git", "clone", "--quiet", root, "clone")
+        shell(tmp_path / "clone", "dvc", "pull", "models/adapter")
+        server.shutdown()
+    assert contents(tmp_path / "clone/models/adapter") == contents(root / "models/adapter")
 
 
 @pytest.fixture
