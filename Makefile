@@ -85,7 +85,8 @@ bench: setup ## time, memory and FLOPs beside plain LoRA, stock peft and the sto
 	python -m bench
 
 test: setup ## all tests
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
+	# three workers for two cores: some of the time a test waits for a server or a browser
+	OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## style, types, layers, code dependencies of the stages
 	ruff check .
