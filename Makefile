@@ -84,8 +84,8 @@ smoke-sdxl: setup ## SDXL and ViT-L-14-336 at their true size, random weights, f
 bench: setup ## time, memory and FLOPs beside plain LoRA, stock peft and the stock recipe, on the device that is there
 	python -m bench
 
+# Three workers on two cores: some of the time a test waits, for a server or a browser.
 test: setup ## all tests
-	# three workers for two cores: some of the time a test waits for a server or a browser
 	OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## style, types, layers, code dependencies of the stages
