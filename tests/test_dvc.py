@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[1]
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 OWN = ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "Makefile",
        "tools/exp_table.py")  # fmt: skip
-CHANGE = "worlds.shapes.train.lr=0.5"
 
 # Writes a stage's declared outputs. Folders of the plots are filled from `tables`, which the fixture writes.
 STAND_IN = """
@@ -151,7 +150,7 @@ def test_a_changed_library_file_makes_its_stages_run_again(root: Path) -> None:
 
 
 def test_experiments_are_run_shown_and_compared(root: Path) -> None:
-    run(root, "dvc", "exp", "run", "--quiet", "--name", "hot", "--set-param", CHANGE)
+    run(root, "dvc", "exp", "run", "--quiet", "--name", "hot", "--set-param", "worlds.shapes.train.lr=0.5")
     shown = run(root, "dvc", "exp", "show", "--csv")
     (hot,) = [row for row in csv.DictReader(shown.splitlines()) if row["Experiment"] == "hot"]
     assert hot["worlds.shapes.train.lr"] == "0.5"
@@ -159,13 +158,6 @@ def test_experiments_are_run_shown_and_compared(root: Path) -> None:
     assert params["worlds.shapes.train.lr"]["new"] == 0.5
     metrics = json.loads(run(root, "dvc", "metrics", "diff", "--json"))["reports/summary.json"]
     assert metrics["lr"]["new"] == 0.5
-
-
-def test_experiments_run_in_the_queue_and_in_copies(root: Path) -> None:
-    run(root, "dvc", "exp", "run", "--quiet", "--queue", "--name", "queued", "--set-param", CHANGE)
-    run(root, "dvc", "exp", "run", "--quiet", "--run-all")
-    assert "queued" in run(root, "dvc", "exp", "list", "--name-only").split()
-    assert run(root, "git", "status", "--porcelain") == ""
 
 
 def test_the_switch_of_the_world_is_one_parameter(root: Path) -> None:
