@@ -116,11 +116,9 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = FORMULAS.get(func._overloadpacket)
-        if formula is None:  # in inference mode operations come whole that are else taken apart before
+        if formula is None and func._can_decompose():  # in inference mode, what is else taken apart before comes whole
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         self.total += formula(*args, **kwargs, out_val=result) if formula else 0
         return result

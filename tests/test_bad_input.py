@@ -19,6 +19,7 @@ from dspo.data.files import write_bytes, write_json
 from dspo.data.images import encode_png, read_table, write_table
 from dspo.errors import UserError
 from dspo.preference.checkpoint import TrainingState
+from dspo.preference.checkpoint import load_checkpoint as load_training
 from dspo.preference.checkpoint import save_checkpoint as save_training
 from dspo.reward.training import save_checkpoint as save_reward_training
 from dspo.stages import prepare_prompts, prepare_ratings
@@ -218,6 +219,17 @@ def test_out_of_memory(fails, ask):
         "finished work is kept",
     ):
         assert remedy in message
+
+
+def test_out_of_memory_while_loading_blames_no_file(fails, folder, monkeypatch):
+    save_training(folder / "checkpoint.pt", TrainingState(1, {}, {}, None))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**48))
+    message = fails(SimpleNamespace(main=lambda argv: load_training(folder / "checkpoint.pt", {})))
+    assert message.startswith("error: out of memory (") and "checkpoint.pt" not in message
+
+
+def test_memory_in_a_prompt_is_no_shortage(fails):
+    assert "A prompt with a comma" in fails(*prompts("prompt\na robot, out of memory\n"))
 
 
 @pytest.mark.parametrize("defect", [RuntimeError("shapes differ"), OSError(errno.EIO, "broken"), KeyError("memory")])

@@ -145,7 +145,7 @@ def test_the_dtype_of_a_gpu_runs_every_step() -> None:
     from bench import groups
     from bench.models import SIZES, build_pipeline
 
-    size = replace(SIZES["tiny"], dtype=torch.bfloat16)
+    size = replace(SIZES["tiny"], dtype=torch.bfloat16, recipe_settings=((4, True),))
     pipe = build_pipeline(size, torch.device("cpu"))
     rows = [*groups.adapters(pipe, size, rounds=1), *groups.recipes(pipe, size, rounds=1)]
     assert pipe.unet.dtype == torch.bfloat16

@@ -257,14 +257,13 @@ def clip_or_die_at(step: int) -> Callable[..., torch.Tensor]:
     return clip_or_die
 
 
-RECOMPUTED = {"gradient_accumulation_steps": 3, "gradient_checkpointing": 1.0, "dropout": 0.2}
+RECOMPUTED = {"gradient_accumulation_steps": 2, "gradient_checkpointing": 1.0, "dropout": 0.2}
 
 
-@pytest.mark.parametrize(("n", "changes", "kills"), [(20, {}, (False, True)), (60, RECOMPUTED, (True,))])
+@pytest.mark.parametrize(("n", "changes", "killed"), [(20, {}, False), (40, RECOMPUTED, True)])
 def test_fifty_steps_of_training_are_those_of_stock_peft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, object], kills: tuple[bool, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, object], killed: bool
 ) -> None:
-    """Each of ours, killed and undisturbed, against the one training of stock peft."""
     p = fifty_steps(**changes)
     untrained = add_dora(unet(), p, seed=0)
     stock = stock_peft(untrained, p.dropout)
@@ -272,22 +271,20 @@ def test_fifty_steps_of_training_are_those_of_stock_peft(
     losses = train_stock_peft(stock, p, n)
     stock.eval()
 
-    def ours(folder: Path) -> tuple[Adapter, trainer.Trained]:
+    def ours() -> tuple[Adapter, trainer.Trained]:
         adapter = add_dora(unet(), p, seed=0, exact_dropout=True)
-        return adapter, trainer.train(adapter, schedule(), make_pairs(n), make_pairs(1, 1), p, 0, folder)
+        return adapter, trainer.train(adapter, schedule(), make_pairs(n), make_pairs(1, 1), p, 0, tmp_path)
 
-    for killed in kills:
-        folder = tmp_path / f"killed-{killed}"
-        if killed:
-            with monkeypatch.context() as patch, pytest.raises(Killed):
-                patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die_at(29))  # no checkpoint's step
-                ours(folder)
-        adapter, trained = ours(folder)
-        assert len(trained.log) == len(losses) == 50
-        assert [row["loss"] for row in trained.log] == pytest.approx(losses, abs=LOSS_TOLERANCE)
-        assert_same_change(adapter, stock, untrained.state())
-        adapter.save(folder / "adapter", "models/base")
-        torch.testing.assert_close(output(load_adapter(unet(), folder / "adapter")), output(stock), rtol=0, atol=1e-4)
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_die_at(29))  # no checkpoint's step
+            ours()
+    adapter, trained = ours()
+    assert len(trained.log) == len(losses) == 50
+    assert [row["loss"] for row in trained.log] == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    assert_same_change(adapter, stock, untrained.state())
+    adapter.save(tmp_path / "adapter", "models/base")
+    torch.testing.assert_close(output(load_adapter(unet(), tmp_path / "adapter")), output(stock), rtol=0, atol=1e-4)
 
 
 def assert_same_change(adapter: Adapter, stock: PeftModel, before: dict[str, torch.Tensor]) -> None:

@@ -43,13 +43,22 @@ def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
 
 def mendable(error: Exception) -> str | None:
     """What the user is told of an error, and can do about it; None for a defect of the program."""
+    if said := out_of_memory(error):
+        return f"out of memory ({said}). {LESS_MEMORY}"
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full. Free some space and run the same command again; finished work is kept."
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and NO_MEMORY.search(said)):
-        return f"out of memory ({said}). {LESS_MEMORY}"
+    return None
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """The first line of the error that says so, also where reading a file ran out and the file was blamed."""
+    while error is not None:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, MemoryError) or (not isinstance(error, UserError) and NO_MEMORY.search(said)):
+            return said
+        error = error.__context__
     return None
 
 
