@@ -244,8 +244,11 @@ def test_the_tutorial_from_its_first_command_to_its_last(finished: Path, tmp_pat
     (tmp_path / ".config/dvc").mkdir(parents=True)
     (tmp_path / ".config/dvc/config").write_text(f"[cache]\n    dir = {tmp_path / 'cache'}\n")
     page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     said = []
-    for block in re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+    for block in blocks:
+        if block.startswith("git commit"):
+            shutil.copytree(clone, tmp_path / "dropped", symlinks=True)
         start = AT_THE_TERMINAL + (f"cd {clone}\n" if said else "")
         said.append(run(folder, "bash", "-euc", start + block.replace("URL_OF_THE_REPOSITORY", str(finished))))
     assert "report: " in said[0]
@@ -257,3 +260,8 @@ def test_the_tutorial_from_its_first_command_to_its_last(finished: Path, tmp_pat
     assert json.loads((clone / "models/adapter/stage.json").read_text())["lr"] == 1.5e-4
     assert run(clone, "git", "status", "--porcelain") == ""
     assert run(clone, "git", "log", "--format=%s").splitlines() == ["A lower learning rate", "run"]
+
+    (drop,) = (block for block in blocks if block.startswith("git checkout HEAD"))
+    run(tmp_path / "dropped", "bash", "-euc", drop)
+    assert json.loads((tmp_path / "dropped/models/adapter/stage.json").read_text())["lr"] == 3e-4
+    assert run(tmp_path / "dropped", "git", "status", "--porcelain") == ""

@@ -193,32 +193,6 @@ def test_an_experiment_becomes_the_workspace_or_a_branch(grid: dict[str, str], f
     assert "dvc.lock" in shell(root, "git", "status", "--porcelain").stdout
 
 
-def tutorial(step: int) -> list[str]:
-    """The lines of docs/tutorial.md for Git and DVC, by block."""
-    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
-    section = page.partition(f"\n## {step}. ")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    return ["\n".join(re.findall(r"^(?:git|dvc|mkdir) .*", block, re.MULTILINE)) for block in blocks]
-
-
-def test_the_tutorials_experiment_is_compared_dropped_and_kept(finished: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(finished, tmp_path / "root", symlinks=True))
-
-    def lr(adapter: str) -> float:
-        return float(json.loads((root / adapter / "adapter_config.json").read_text())["lora_dropout"])
-
-    before = lr("models/adapter")
-    (run,), (difference, take), (keep, drop) = tutorial(4), tutorial(5), tutorial(6)
-    for commands in (run, difference, take):
-        shell(root, "bash", "-euc", commands)
-    assert (lr("outputs/first"), lr("outputs/gentle"), lr("models/adapter")) == (before, 1.5e-4, 1.5e-4)
-    dropped = Path(shutil.copytree(root, tmp_path / "dropped", symlinks=True))
-    for folder, commands, after in ((root, keep, 1.5e-4), (dropped, drop, before)):
-        shell(folder, "bash", "-euc", commands)
-        assert lr(str(folder / "models/adapter")) == after
-        assert shell(folder, "git", "status", "--porcelain").stdout == ""
-
-
 def test_a_colleague_pulls_an_experiment_with_its_data(grid: dict[str, str], finished: Path, tmp_path: Path) -> None:
     name = grid["0.5"]
     root = Path(shutil.copytree(finished, tmp_path / "root", symlinks=True))
