@@ -4,7 +4,8 @@
 
 peft injects the layers and owns names and files; :class:`FastDora` replaces its forward pass. n depends on A and B
 alone, so it is computed once per optimizer step, in float32; m starts from the same function, so m / n is exactly 1 and
-the untrained policy equals the reference to the bit. An adapter on disk is loaded through peft itself.
+the untrained policy equals the reference to the bit. An adapter on disk is loaded through peft itself, and sampled from
+with peft's own arithmetic (:class:`LoadedDora`), so that peft alone makes the same images.
 """
 
 import json
@@ -69,6 +70,27 @@ class FastDora(DoraLinearVariant):
         bias = module.get_base_layer().bias
         rescaled: Tensor = Rescale.apply(result, low_rank, magnitude, self.norm, bias, self.scaling)
         return rescaled
+
+
+class LoadedDora(DoraLinearVariant):
+    """peft's DoRA of an adapter that no longer changes, equal to the bit: peft computes n, which is as large as W to
+    compute, in every pass; here it does so once. Without gradient and dropout.
+    """
+
+    @torch.no_grad()
+    def __init__(self, layer: LoraLinear) -> None:
+        dora: Any = layer.lora_magnitude_vector[NAME]
+        change = dora.get_lora_weight(lora_A=layer.lora_A[NAME], lora_B=layer.lora_B[NAME])
+        norm = dora.get_weight_norm(layer.get_base_layer().weight.to(change.dtype), change, layer.scaling[NAME])
+        self.g = (dora.weight / norm).view(1, -1)  # m / n
+        self.g_less_1 = self.g - 1
+
+    def forward(self, module: LoraLinear, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """``x`` [..., in], ``result`` = W x + b [..., out] -> W' x + b. Sums and products in peft's order."""
+        low_rank = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        bias = module.get_base_layer().bias
+        extra: Tensor = self.g_less_1 * (result if bias is None else result - bias)
+        return extra.add_(low_rank.mul_(self.g).mul_(module.scaling[active_adapter])).add_(result)
 
 
 @torch.no_grad()
@@ -245,7 +267,7 @@ def _add(unet: UNet2DConditionModel, params: TrainParams, seed: int, use_dora: b
 
 
 def load_adapter(unet: UNet2DConditionModel, folder: Path) -> PeftModel:
-    """Put the adapter in ``folder`` into ``unet`` through stock peft, for sampling.
+    """Put the adapter in ``folder`` into ``unet``, which stays on its device, through stock peft, for sampling.
 
     Raises :class:`UserError` if files are missing or damaged, or the adapter was trained on a UNet of other shapes.
     """
@@ -256,7 +278,11 @@ def load_adapter(unet: UNet2DConditionModel, folder: Path) -> PeftModel:
             "Give the folder of one."
         )
     _check_fits(unet, _shapes(folder / WEIGHTS), config, folder)
-    return PeftModel.from_pretrained(unet, folder)
+    model = PeftModel.from_pretrained(unet, folder)
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and NAME in module.lora_variant:
+            module.lora_variant[NAME] = LoadedDora(module)
+    return model
 
 
 def check_base(adapter: Path, base: BaseModelParams) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dspo.shapes.grammar import SHAPES
-from dspo.shapes.render import DOT_PERIOD, SHADE, SIDE, STRIPE_PERIOD, coverage, shading, signed_distance
+from dspo.shapes.render import DOT_PERIOD, SHADE, SIDE, STRIPE_PERIOD, shading, signed_distance
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -34,6 +34,8 @@ _LAB = np.array(
     ]
 )
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
+_PLANE = np.stack([np.ones_like(_X), _X / SIDE - 0.5, _Y / SIDE - 0.5], axis=-1)
+_BORDER = np.pad(np.zeros((SIDE - 4, SIDE - 4), dtype=bool), 2, constant_values=True)
 
 DIFFERENT = 0.055  # OKLab distance from the ground at which a pixel counts as something else
 HALO = 0.2  # share of an object's distance from the ground below which a pixel is beside it, no part of it
@@ -46,11 +48,11 @@ DEEPEST_NECK = 5  # pixels taken off all around a region to see whether it falls
 ITERATIONS = 8
 # Where a pattern may begin, (x, y) in half pixels over a period: dots have two directions, stripes one.
 _PHASES = {
-    "striped": np.array([(0.0, y) for y in np.arange(0.0, STRIPE_PERIOD, 0.5)]),
-    "dotted": np.array(list(product(np.arange(0.0, DOT_PERIOD, 0.5), repeat=2))),
+    "striped": (np.zeros(1), np.arange(0.0, STRIPE_PERIOD, 0.5)),
+    "dotted": (np.arange(0.0, DOT_PERIOD, 0.5), np.arange(0.0, DOT_PERIOD, 0.5)),
 }
 _SHIFTS = np.array([(dx, dy, 0.0) for dx, dy in product((-1.0, 0.0, 1.0), repeat=2)])
-_SCALES = np.array([(0.0, 0.0, scale) for scale in (-0.05, 0.0, 0.05)])
+_SCALES = np.array([(0.0, 0.0, scale) for scale in (-0.05, 0.05)])
 
 
 def oklab(rgb: Array) -> Array:
@@ -124,15 +126,12 @@ def _shaded_ground(rgb: Array) -> Array:
 
     Least absolute deviations, by reweighting, so that an object that reaches the border does not tilt it.
     """
-    border = np.ones((SIDE, SIDE), dtype=bool)
-    border[2:-2, 2:-2] = False
-    plane = np.stack([np.ones_like(_X), _X / SIDE - 0.5, _Y / SIDE - 0.5], axis=-1)
-    places, colours = plane[border], rgb[border]
+    places, colours = _PLANE[_BORDER], rgb[_BORDER]
     fit = np.stack([np.median(colours, axis=0), np.zeros(3), np.zeros(3)])
     for _ in range(ITERATIONS):
         root = np.maximum(np.linalg.norm(colours - places @ fit, axis=-1, keepdims=True), 0.005) ** -0.5
         fit = np.linalg.lstsq(places * root, colours * root, rcond=None)[0]
-    return np.asarray(np.clip(plane @ fit, 0.0, 1.0))
+    return np.asarray(np.clip(_PLANE @ fit, 0.0, 1.0))
 
 
 def _regions(mask: Mask) -> list[Mask]:
@@ -226,8 +225,8 @@ def _grown(region: Mask, one: Mask, other: Mask) -> list[tuple[Mask, Mask]]:
 def _see(rgb: Array, part: _Part, ground_rgb: Array) -> SeenObject:
     best = max(SHAPES, key=lambda s: part.overlap[s])
     fx, fy, fr = part.places[best]
-    outline = coverage(best, fx, fy, fr)
     distance = signed_distance(best, _X - fx, _Y - fy, fr)
+    outline = np.clip(0.5 - distance, 0.0, 1.0)
     inside = distance < -1.0
     if inside.sum() < 12:
         inside = part.region
@@ -273,7 +272,8 @@ def _fit(shape: str, cover: Array, start: Place) -> tuple[float, Place]:
     columns = slice(max(0, int(x - reach)), int(x + reach) + 1)
     window = cover[rows, columns].astype(np.float32)
     pixel_x, pixel_y = _X[rows, columns].astype(np.float32), _Y[rows, columns].astype(np.float32)
-    beyond = float(cover.sum()) - float(window.sum())
+    area = window.sum()
+    beyond = float(cover.sum()) - float(area)
     best, place = -1.0, start
     for step in (1.0, 0.4):
         for moves in (_SHIFTS, _SCALES):
@@ -281,7 +281,7 @@ def _fit(shape: str, cover: Array, start: Place) -> tuple[float, Place]:
             cx, cy, cr = tried.T.astype(np.float32)[:, :, None, None]
             drawn = np.clip(0.5 - signed_distance(shape, pixel_x - cx, pixel_y - cy, cr), 0.0, 1.0)
             common = np.minimum(drawn, window).sum((1, 2))
-            overlap = common / (drawn.sum((1, 2)) + window.sum() + beyond - common)
+            overlap = common / (drawn.sum((1, 2)) + area + beyond - common)
             i = int(np.argmax(overlap))
             if overlap[i] > best:
                 best, place = float(overlap[i]), (float(tried[i, 0]), float(tried[i, 1]), float(tried[i, 2]))
@@ -301,13 +301,13 @@ def _read_pattern(rgb: Array, inside: Mask, x: float, y: float) -> tuple[dict[st
     likeness = {"solid": float(np.exp(-0.5 * (spread / (0.06 * max(float(brightness.mean()), 0.1))) ** 2))}
     fits = {"solid": (pixels.mean(axis=0), spread, np.zeros((SIDE, SIDE)))}
     for pattern, phases in _PHASES.items():
-        places = phases + np.array([x, y])
-        shades = shading(pattern, _X[inside] - places[:, :1], _Y[inside] - places[:, 1:])
+        xs, ys = phases[0] + x, phases[1] + y
+        shades = shading(pattern, _X[inside] - xs[:, None, None], _Y[inside] - ys[:, None]).reshape(-1, len(pixels))
         explained = _explained(brightness, shades)
         i = int(np.argmax(explained))
         depth, left, light = _regress(pixels, brightness, shades[i])
         likeness[pattern] = float(explained[i]) * bell(np.log(max(depth, 1e-3) / (1 - SHADE)), 0.45)
-        fits[pattern] = (light, left, shading(pattern, _X - places[i, 0], _Y - places[i, 1]))
+        fits[pattern] = (light, left, shading(pattern, _X - xs[i // len(ys)], _Y - ys[i % len(ys)]))
     best = max(likeness, key=lambda p: likeness[p])
     if likeness[best] < 0.25:
         best = "solid"
