@@ -10,8 +10,9 @@ from PIL import Image
 from reward_tiny import flat_image, make_clip, reward_params
 
 from dspo.errors import UserError
-from dspo.params import RewardParams, load_params
+from dspo.params import Dtype, RewardParams, load_params
 from dspo.reward.backbone import check_quick_gelu, load_backbone
+from dspo.reward.checkpoint import RewardScorer
 from dspo.reward.model import RewardModel, build_model
 
 CPU = torch.device("cpu")
@@ -104,6 +105,17 @@ def test_padding_does_not_change_a_score(model: RewardModel) -> None:
         torch.testing.assert_close(model(pixels, padded), model(pixels, ids))
         alone = model(pixels[2:], model.backbone.tokenize(CAPTIONS[2:]))
         torch.testing.assert_close(model(pixels, ids)[2:], alone)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_another_batch_size_changes_the_last_bits_alone(clip_name: str, dtype: Dtype, share: float) -> None:
+    params = reward_params(clip_name, dtype=dtype)
+    scorer = RewardScorer(randomised(build_model(params, 0, CPU)), params, {}, [])
+    rng = np.random.default_rng(2)
+    images, captions = [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(24)], CAPTIONS * 8
+    whole, *parts = (scorer.score(images, captions, size) for size in (24, 7, 1))
+    spread = whole.std(axis=0)
+    assert all((np.abs(part - whole) < share * spread).all() for part in parts)
 
 
 def test_heads_keep_the_order_of_the_params(clip_name: str) -> None:
