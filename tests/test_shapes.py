@@ -1,6 +1,7 @@
 """The world `shapes`: grammar and renderer agree, the gold judge knows its own renders and every defect costs."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dspo.errors import UserError
 from dspo.shapes.defects import KINDS, spoil
+from dspo.shapes.described import caption, describe
 from dspo.shapes.gold import judge
 from dspo.shapes.grammar import (
     ATTRIBUTES,
@@ -31,6 +33,7 @@ from dspo.shapes.render import (
     PALETTE,
     SHADE,
     SIDE,
+    SIZE_BOUNDARY,
     Object,
     Scene,
     coverage,
@@ -270,6 +273,37 @@ def test_a_shaded_ground_is_no_object_and_a_halo_no_part_of_one() -> None:
     near = coverage("circle", 44.0, 20.0, 14.0)[..., None] * (1 - coverage("cross", 44.0, 20.0, 10.0)[..., None])
     haloed = picture + 0.15 * near * (PALETTE["pink"] - PALETTE["green"])
     assert judge(to_pixels(haloed), "a pink cross").attributes["shape_0"] > 0.9
+
+
+def is_true_of(request: Request, scene: Scene) -> bool:
+    def fits(wanted: ObjectRequest, shown: Object) -> bool:
+        size = "small" if shown.radius < SIZE_BOUNDARY else "large"
+        words = ObjectRequest(shown.shape, shown.colour, size, shown.pattern)
+        return all(value in (None, getattr(words, name)) for name, value in vars(wanted).items())
+
+    def placed(one: Object, other: Object) -> bool:
+        dx, dy = other.x - one.x, other.y - one.y
+        return {"left of": dx > abs(dy), "right of": -dx > abs(dy), "above": dy > abs(dx), "below": -dy > abs(dx)}[
+            request.relation
+        ]
+
+    return request.background in (None, scene.background) and any(
+        all(map(fits, request.objects, chosen)) and (request.relation is None or placed(*chosen))
+        for chosen in permutations(scene.objects, len(request.objects))
+    )
+
+
+def test_a_described_picture_is_what_was_drawn() -> None:
+    right = []
+    for i in range(100):
+        rng = np.random.default_rng(i)
+        web = web_picture(random_request(rng), rng)
+        clean, faulty = (describe(picture) for picture in (render(web.scene), to_pixels(web.pixels)))
+        assert clean and is_true_of(caption(clean, rng), web.scene)
+        told = caption(faulty, rng) if faulty else None
+        right.append(told is None or is_true_of(told, web.scene))
+    assert np.mean(right) >= 0.85  # blurred and bent dots are at times taken for none
+    assert describe(to_pixels(np.full((SIDE, SIDE, 3), PALETTE["red"]))) is None
 
 
 def test_patch_contents_are_what_the_scene_shows() -> None:
