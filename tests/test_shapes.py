@@ -43,7 +43,8 @@ from dspo.shapes.render import (
     shading,
 )
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
-from dspo.shapes.web import CLEAN, CLUTTER, FAULTS, cluttered, web_picture
+from dspo.shapes.train_clip import TELLINGS, Captioned, as_tensors, mirrored
+from dspo.shapes.web import CLEAN, CLUTTER, FAULTS, QUALITY_WORDS, cluttered, web_picture
 
 REQUESTS = [random_request(np.random.default_rng(i)) for i in range(40)]
 SCENES = [random_scene(request, np.random.default_rng(100 + i)) for i, request in enumerate(REQUESTS)]
@@ -304,6 +305,23 @@ def test_a_described_picture_is_what_was_drawn() -> None:
         right.append(told is None or is_true_of(told, web.scene))
     assert np.mean(right) >= 0.85  # blurred and bent dots are at times taken for none
     assert describe(to_pixels(np.full((SIDE, SIDE, 3), PALETTE["red"]))) is None
+
+
+def test_what_is_told_of_a_mirrored_picture_is_true_of_the_mirrored_scene() -> None:
+    seen = [Scene(tuple(replace(o, x=SIDE - o.x) for o in scene.objects), scene.background) for scene in SCENES]
+    tokenizer = new_tokenizer(QUALITY_WORDS)
+    left, right = (tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in ("left", "right"))
+    told = [[(request.prompt(),) * 3] * TELLINGS for request in REQUESTS]
+    straight, turned = (
+        as_tensors(map(Captioned, map(render, scenes), told, scenes, [(0.0,) * len(FAULTS)] * len(scenes)))
+        for scenes in (SCENES, seen)
+    )
+    batch = mirrored(replace(straight, captions=straight.captions[:, 0]), left, right)
+    assert (batch.images.int() - turned.images.int()).abs().max() <= 1
+    for name in ("classes", "places", "damage"):
+        torch.testing.assert_close(getattr(batch, name), getattr(turned, name))
+    for tokens, scene in zip(batch.captions[:, 0], seen, strict=True):
+        assert is_true_of(parse(tokenizer.decode(tokens, skip_special_tokens=True)), scene)
 
 
 def test_patch_contents_are_what_the_scene_shows() -> None:

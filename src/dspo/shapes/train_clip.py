@@ -3,19 +3,19 @@
 ``python -m dspo.shapes.train_clip --base models/shapes-sdxl --work DIR --output models/shapes-clip`` continues where it
 stopped when run again. Beside the weights it leaves ``report.json``: how well it tells captions of fresh samples.
 
-Contrastive learning on pictures as the web has them and on samples of the base, captioned by what is seen on them.
-Half of the web's captions also say how well the picture is made, and every picture has captions of its own that are
-wrong in one point, as negatives. A caption that leaves much free may fit other pictures of its batch too; those count
-as negatives, as they do in CLIP. Beside that, linear probes on the image tokens must tell what each patch shows, its
-colours and edges, how far it is from a clean render, and how strong each fault is (they are not saved): a few hundred
-thousand pictures are too few for a vision transformer to find that out from captions alone.
+Contrastive learning on pictures as the web has them and on samples of the base, captioned by what is seen on them, half
+of the batches in a mirror. Half of the web's captions also say how well the picture is made, and every picture has
+captions of its own that are wrong in one point, as negatives. A caption that leaves much free may fit other pictures of
+its batch too; those count as negatives, as they do in CLIP. Beside that, linear probes on the image tokens must tell
+what each patch shows, its colours and edges, how far it is from a clean render, and how strong each fault is (they are
+not saved): a few hundred thousand pictures are too few for a vision transformer to find that out from captions alone.
 """
 
 import argparse
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from dspo.data.files import write_json
 from dspo.data.keys import keyed_rng, prompt_id
@@ -40,7 +42,7 @@ from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
 from dspo.shapes.defects import Picture, spoil
 from dspo.shapes.described import caption, describe
 from dspo.shapes.grammar import Request, confused_request, random_request, wrong_request
-from dspo.shapes.probes import PATCH, TEXTURES, PatchProbe, patch_contents, patch_damage, patch_texture
+from dspo.shapes.probes import PATCH, PATCHES, TEXTURES, PatchProbe, patch_contents, patch_damage, patch_texture
 from dspo.shapes.render import SIDE, Scene, random_scene, render_float
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
 from dspo.shapes.web import FAULTS, QUALITY_WORDS, web_picture
@@ -48,7 +50,7 @@ from dspo.shapes.web import FAULTS, QUALITY_WORDS, web_picture
 log = logging.getLogger(__name__)
 
 MEAN, STD = [0.55, 0.45, 0.45], [0.28, 0.24, 0.24]
-WEB_PICTURES, SAMPLED_PICTURES, HELD_OUT_PICTURES = 24_000, 48_000, 2_000
+WEB_PICTURES, SAMPLED_PICTURES, HELD_OUT_PICTURES = 24_000, 72_000, 2_000
 SAMPLERS = (
     *(SamplerParams(scheduler="ddim", steps=12, guidance_scale=scale) for scale in (1.0, 2.0, 3.0)),
     *(SamplerParams(scheduler="dpmpp_2m", steps=12, guidance_scale=scale) for scale in (1.0, 3.0)),
@@ -85,7 +87,7 @@ class Pictures:
     """What is learnt from, one row per picture."""
 
     images: Tensor  # uint8 [N, 3, 64, 64]
-    captions: Tensor  # token ids [N, TELLINGS, 3, L]: a true one and two wrong ones
+    captions: Tensor  # token ids [N, TELLINGS, 3, L]: a true one and two wrong ones; [N, 3, L] of a batch
     classes: Tensor  # int [N, 64, 3], as patch_contents has them
     places: Tensor  # [N, 64, 3]
     damage: Tensor  # [N, 64] how far each patch is from a clean render
@@ -144,6 +146,31 @@ def as_tensors(pictures: Iterable[Captioned]) -> Pictures:
     )
 
 
+def drawn(data: Pictures, size: int, rng: np.random.Generator) -> Pictures:
+    """A batch: rows at random, each with one of its captions."""
+    rows = rng.integers(0, len(data.images), size)
+    batch = Pictures(**{name: part[rows] for name, part in vars(data).items()})
+    return replace(batch, captions=batch.captions[np.arange(size), rng.integers(0, TELLINGS, size)])
+
+
+def mirrored(batch: Pictures, left: int, right: int) -> Pictures:
+    """The pictures with left and right exchanged (``left``, ``right``: the words' token ids), and what is true of them
+    then: every shape and every pattern of the renderer is its own mirror image."""
+
+    def across(of_patches: Tensor) -> Tensor:
+        return of_patches.unflatten(1, (PATCHES, PATCHES)).flip(2).flatten(1, 2)
+
+    words = batch.captions
+    return Pictures(
+        images=batch.images.flip(-1),
+        captions=torch.where(words == left, right, torch.where(words == right, left, words)),
+        classes=across(batch.classes),
+        places=across(batch.places) * torch.tensor([-1.0, 1.0, 1.0]),
+        damage=across(batch.damage),
+        faults=batch.faults,
+    )
+
+
 def load_base(model: Path) -> StableDiffusionXLPipeline:
     parts = dict.fromkeys(("revision", "variant", "vae", "vae_revision"))
     return load_pipeline(
@@ -196,14 +223,13 @@ class Probes(nn.Module):
         self.texture = nn.Linear(width, TEXTURES)
         self.fault = nn.Linear(embed_dim, len(FAULTS))
 
-    def loss(self, pooled: Tensor, patches: Tensor, data: Pictures, rows: np.ndarray) -> Tensor:
+    def loss(self, pooled: Tensor, patches: Tensor, batch: Pictures) -> Tensor:
         """The loss of the patches' contents, and the absolute errors of damage, texture and the faults' strengths."""
-        texture = patch_texture(data.images[rows].float() / 255)
-        strengths, known = self.fault(pooled).float(), data.faults[rows]
-        errors: Tensor = (strengths - known).abs().nanmean()
-        for probe, truth in ((self.damage, data.damage[rows, :, None]), (self.texture, texture)):
+        texture = patch_texture(batch.images.float() / 255)
+        errors: Tensor = (self.fault(pooled).float() - batch.faults).abs().nanmean()
+        for probe, truth in ((self.damage, batch.damage[..., None]), (self.texture, texture)):
             errors = errors + F.l1_loss(probe(patches).float(), truth)
-        return self.patch.loss(patches, data.classes[rows], data.places[rows]) + 4 * errors
+        return self.patch.loss(patches, batch.classes, batch.places) + 4 * errors
 
 
 def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,46 +243,66 @@ def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor) 
 def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
     data = as_tensors(chain(web_pictures(seed), sampled_pictures(base, range(SAMPLED_PICTURES), seed)))
-    config = model_config(len(new_tokenizer(QUALITY_WORDS)))
+    tokenizer = new_tokenizer(QUALITY_WORDS)
+    left, right = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("left", "right"))
+    config = model_config(len(tokenizer))
     model = open_clip.model.CLIP(**config)
     model.visual.output_tokens = True
     probes = Probes(model.visual.transformer.width, model.visual.output_dim)
     both = nn.ModuleList([model, probes])
-    optimizer = torch.optim.AdamW(both.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    start = load_checkpoint(work / "clip.pt", model=both, optimizer=optimizer, schedule=schedule)
+    optimizers = new_optimizers(model, probes, lr)
+    schedules = [OneCycleLR(one, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False) for one in optimizers]
+    learning = dict(zip(("muon", "adamw", "muon_lr", "adamw_lr"), (*optimizers, *schedules), strict=True))
+    start = load_checkpoint(work / "clip.pt", model=both, **learning)
     for step in progress(range(start, steps), steps - start, "clip"):
         rng = keyed_rng(seed, "clip-batch", step)
-        picked, telling = rng.integers(0, len(data.images), batch_size), rng.integers(0, TELLINGS, batch_size)
+        batch = drawn(data, batch_size, rng)
+        if rng.random() < 0.5:
+            batch = mirrored(batch, left, right)
         generator = torch.Generator().manual_seed(step)
-        pixels = data.images[picked].float() / 255
-        pixels = pixels + NOISE * torch.rand(len(picked), 1, 1, 1, generator=generator) * torch.randn(
+        pixels = batch.images.float() / 255
+        pixels = pixels + NOISE * torch.rand(batch_size, 1, 1, 1, generator=generator) * torch.randn(
             pixels.shape, generator=generator
         )
         # The fused attention's backward pass is several times slower than the plain one in bfloat16 on a CPU.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             pooled, patches = model.visual(normalised(pixels))
-            captions = data.captions[picked, telling]
-            texts = model.encode_text(torch.cat([captions[:, 0], captions[:, 1:].flatten(0, 1)]))
-            probe = probes.loss(pooled, patches, data, picked)
+            texts = model.encode_text(torch.cat([batch.captions[:, 0], batch.captions[:, 1:].flatten(0, 1)]))
+            probe = probes.loss(pooled, patches, batch)
         image, texts = F.normalize(pooled.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-        text, wrong = texts.tensor_split([len(picked)])
-        contrast, right = contrastive_loss(image, text, wrong, model.logit_scale.exp())
+        text, wrong = texts.tensor_split([batch_size])
+        contrast, found = contrastive_loss(image, text, wrong, model.logit_scale.exp())
         loss = contrast + probe
-        optimizer.zero_grad()
+        both.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for one in learning.values():
+            one.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))
         if step % 50 == 0:
-            log.info("step %d contrast %.4f probe %.4f top-1 %.3f", step, contrast.item(), probe.item(), right.item())
+            log.info("step %d contrast %.4f probe %.4f top-1 %.3f", step, contrast.item(), probe.item(), found.item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            save_checkpoint(work / "clip.pt", step + 1, model=both, optimizer=optimizer, schedule=schedule)
+            save_checkpoint(work / "clip.pt", step + 1, model=both, **learning)
     save(model, output)
     fresh = range(SAMPLED_PICTURES, SAMPLED_PICTURES + HELD_OUT_PICTURES)
     write_json(held_out(model.eval(), as_tensors(sampled_pictures(base, fresh, seed))), output / "report.json")
+
+
+def new_optimizers(model: nn.Module, probes: Probes, lr: float) -> tuple[Optimizer, Optimizer]:
+    """Muon for the matrices of both towers' blocks, AdamW for all else.
+
+    Muon (K. Jordan et al. 2024) with AdamW's step length (Liu et al. 2025, arXiv 2502.16982) comes much farther here in
+    as many steps than AdamW alone.
+    """
+    blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
+    matrices = [weight for block in blocks for weight in block.parameters() if weight.ndim == 2]
+    chosen = set(map(id, matrices))
+    others = [weight for weight in (*model.parameters(), *probes.parameters()) if id(weight) not in chosen]
+    return (
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.05),
+    )
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -291,9 +337,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the base model whose samples are looked at too")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12_700)
+    parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--batch-size", type=int, default=160)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
