@@ -91,8 +91,7 @@ def train_reward(
             else None
         )
 
-        mirror = params.mirror and keyed_rng(seed, "reward-mirror", step).random() < 0.5
-        loss = batch_loss(model, train.mirrored if mirror else train, rows, labels, mix, params.focal_gamma)
+        loss = batch_loss(model, train, rows, labels, mix, params.focal_gamma)
         if not torch.isfinite(loss):
             raise UserError(f"reward: the loss is {loss.item()} at step {step}; lower reward.lr_heads or lr_backbone")
         optimizer.zero_grad(set_to_none=True)
