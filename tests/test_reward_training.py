@@ -3,6 +3,7 @@
 import math
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from reward_tiny import flat_image, make_clip, reward_params, write_ratings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspo.data.files import read_json, write_json
-from dspo.data.images import ROWS_PER_GROUP, read_table, write_table
+from dspo.data.images import ROWS_PER_GROUP, decode_image, read_table, write_table
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.reward import training
 from dspo.reward.ablation import FULL, PLAIN, ablation_report, markdown, run_trial, variants
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import load_reward, save_reward
-from dspo.reward.dataset import SIDES, Stems, read_ratings
+from dspo.reward.dataset import SIDES, Stems, mirror_image, read_ratings
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import (
     Trained,
@@ -69,6 +70,36 @@ def test_it_learns_what_the_raters_like(clip_name: str, ratings: Path, fusion: b
     assert trained.curve[-1]["train_loss"] < trained.curve[0]["train_loss"]
     assert trained.curve[-1]["validation_nll_ema"] < math.log(2)
     assert not score_differences(model, validation)[:, 4].any()  # detail had no labels
+
+
+def test_the_mirror_image_of_a_set(clip_name: str, ratings: Path) -> None:
+    backbone = build_model(reward_params(clip_name), 0, CPU).backbone
+    pairs = replace(read_ratings(ratings / "train.parquet"), captions=["Left of it, a bright red one right behind"] * 9)
+    there = mirror_image(pairs)
+    assert there.captions[0] == "Right of it, a bright red one left behind"
+    assert mirror_image(there).captions == pairs.captions
+    assert np.array_equal(there.shares, pairs.shares, equal_nan=True)
+    rows = np.array([3, 0, 7])
+    pictures = [decode_image(pairs.images[row].as_py(), "")[:, ::-1].copy() for row in rows]
+    expected = backbone.image_stem(backbone.preprocess(pictures))
+    torch.testing.assert_close(Stems(backbone, pairs, "float32").mirrored.images(rows), expected)
+
+
+def test_half_of_the_batches_are_seen_in_a_mirror(
+    clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = training.batch_loss
+    monkeypatch.setattr(
+        training,
+        "batch_loss",
+        lambda model, stems, *rest: seen.append(stems.pairs.mirrored) or real(model, stems, *rest),
+    )
+    fit(ratings, reward_params(clip_name, epochs=8))
+    assert 0.2 < np.mean(seen) < 0.8
+    seen.clear()
+    fit(ratings, reward_params(clip_name, epochs=1, mirror=False))
+    assert seen and not any(seen)
 
 
 def test_bfloat16_autocast_trains_float32_weights(clip_name: str, ratings: Path) -> None:
@@ -264,6 +295,7 @@ def test_ablation_rows_and_report(clip_name: str, ratings: Path) -> None:
         "with focal loss",
         "without EMA",
         "without MixUp",
+        "without mirroring",
         "one head",
         "plain head",
     ]

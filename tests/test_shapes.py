@@ -1,6 +1,7 @@
 """The world `shapes`: grammar and renderer agree, the gold judge knows its own renders and every defect costs."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dspo.errors import UserError
 from dspo.shapes.defects import KINDS, spoil
+from dspo.shapes.described import caption, describe
 from dspo.shapes.gold import judge
 from dspo.shapes.grammar import (
     ATTRIBUTES,
@@ -31,6 +33,7 @@ from dspo.shapes.render import (
     PALETTE,
     SHADE,
     SIDE,
+    SIZE_BOUNDARY,
     Object,
     Scene,
     coverage,
@@ -40,7 +43,8 @@ from dspo.shapes.render import (
     shading,
 )
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
-from dspo.shapes.web import CLEAN, CLUTTER, FAULTS, cluttered, web_picture
+from dspo.shapes.train_clip import TELLINGS, Captioned, as_tensors, mirrored
+from dspo.shapes.web import CLEAN, CLUTTER, FAULTS, QUALITY_WORDS, cluttered, web_picture
 
 REQUESTS = [random_request(np.random.default_rng(i)) for i in range(40)]
 SCENES = [random_scene(request, np.random.default_rng(100 + i)) for i, request in enumerate(REQUESTS)]
@@ -270,6 +274,54 @@ def test_a_shaded_ground_is_no_object_and_a_halo_no_part_of_one() -> None:
     near = coverage("circle", 44.0, 20.0, 14.0)[..., None] * (1 - coverage("cross", 44.0, 20.0, 10.0)[..., None])
     haloed = picture + 0.15 * near * (PALETTE["pink"] - PALETTE["green"])
     assert judge(to_pixels(haloed), "a pink cross").attributes["shape_0"] > 0.9
+
+
+def is_true_of(request: Request, scene: Scene) -> bool:
+    def fits(wanted: ObjectRequest, shown: Object) -> bool:
+        size = "small" if shown.radius < SIZE_BOUNDARY else "large"
+        words = ObjectRequest(shown.shape, shown.colour, size, shown.pattern)
+        return all(value in (None, getattr(words, name)) for name, value in vars(wanted).items())
+
+    def placed(one: Object, other: Object) -> bool:
+        dx, dy = other.x - one.x, other.y - one.y
+        return {"left of": dx > abs(dy), "right of": -dx > abs(dy), "above": dy > abs(dx), "below": -dy > abs(dx)}[
+            request.relation
+        ]
+
+    return request.background in (None, scene.background) and any(
+        all(map(fits, request.objects, chosen)) and (request.relation is None or placed(*chosen))
+        for chosen in permutations(scene.objects, len(request.objects))
+    )
+
+
+def test_a_described_picture_is_what_was_drawn() -> None:
+    right = []
+    for i in range(100):
+        rng = np.random.default_rng(i)
+        web = web_picture(random_request(rng), rng)
+        clean, faulty = (describe(picture) for picture in (render(web.scene), to_pixels(web.pixels)))
+        assert clean and is_true_of(caption(clean, rng), web.scene)
+        told = caption(faulty, rng) if faulty else None
+        right.append(told is None or is_true_of(told, web.scene))
+    assert np.mean(right) >= 0.85  # blurred and bent dots are at times taken for none
+    assert describe(to_pixels(np.full((SIDE, SIDE, 3), PALETTE["red"]))) is None
+
+
+def test_what_is_told_of_a_mirrored_picture_is_true_of_the_mirrored_scene() -> None:
+    seen = [Scene(tuple(replace(o, x=SIDE - o.x) for o in scene.objects), scene.background) for scene in SCENES]
+    tokenizer = new_tokenizer(QUALITY_WORDS)
+    left, right = (tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in ("left", "right"))
+    told = [[(request.prompt(),) * 3] * TELLINGS for request in REQUESTS]
+    straight, turned = (
+        as_tensors(map(Captioned, map(render, scenes), told, scenes, [(0.0,) * len(FAULTS)] * len(scenes)))
+        for scenes in (SCENES, seen)
+    )
+    batch = mirrored(replace(straight, captions=straight.captions[:, 0]), left, right)
+    assert (batch.images.int() - turned.images.int()).abs().max() <= 1
+    for name in ("classes", "places", "damage"):
+        torch.testing.assert_close(getattr(batch, name), getattr(turned, name))
+    for tokens, scene in zip(batch.captions[:, 0], seen, strict=True):
+        assert is_true_of(parse(tokenizer.decode(tokens, skip_special_tokens=True)), scene)
 
 
 def test_patch_contents_are_what_the_scene_shows() -> None:

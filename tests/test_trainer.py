@@ -611,6 +611,32 @@ def test_pairs_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert torch.equal(pairs.pooled, expected.pooled)
 
 
+def own_memory() -> int:
+    """Bytes of this process that no file holds."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the process's memory")
+def test_latents_stay_on_the_disk(tmp_path: Path) -> None:
+    n, side = 512, 64
+    columns: dict[str, list[object]] = {field.name: [None] * n for field in PAIRS}
+    columns |= {name: [1.0] * n for name in ("weight", "rca_0", "rca_1")}
+    columns |= {name: [8 * side] * n for name in ("width", "height")}
+    columns |= {"pair_id": [str(i) for i in range(n)], "prompt_id": ["prompt0"] * n}
+    columns |= {"latent_shape": [[4, side, side]] * n}
+    latent = [np.full(4 * side**2, i, "<f2").tobytes() for i in range(n)]
+    columns |= {"latent_0": latent, "latent_1": latent[::-1]}
+    write_pairs_folder(tmp_path)
+    write_table(pa.table(columns, schema=PAIRS), tmp_path / "train.parquet")
+    before = own_memory()
+    pairs, _ = load_pairs(tmp_path)
+    held = pairs.latents_w.nbytes + pairs.latents_l.nbytes
+    assert own_memory() - before < held / 2
+    assert (pairs.latents_w.flatten(1) == torch.arange(n)[:, None]).all()
+    assert (pairs.latents_l.flatten(1) == torch.arange(n).flip(0)[:, None]).all()
+
+
 def test_bad_pairs_are_a_users_mistake(tmp_path: Path) -> None:
     write_pairs_folder(tmp_path)
     shutil.copytree(tmp_path, tmp_path / "a")

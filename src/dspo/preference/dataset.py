@@ -1,5 +1,8 @@
 """The scored pairs as tensors, and the keyed draws that make training batches of them."""
 
+import math
+import mmap
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -7,21 +10,22 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dspo.data.images import read_table
+from dspo.data.files import disk_errors
+from dspo.data.images import ROWS_PER_GROUP, open_parquet
 from dspo.data.keys import keyed_seed, keyed_uniform
+from dspo.environment import scratch_root
 from dspo.errors import UserError
 from dspo.preference.schedule import NoiseSchedule
 
-COLUMNS = (
-    "pair_id", "prompt_id", "weight", "rca_0", "rca_1", "width", "height", "latent_0", "latent_1", "latent_shape",
-    "time_ids",
-)  # fmt: skip
+COLUMNS = ("pair_id", "prompt_id", "weight", "rca_0", "rca_1", "width", "height", "latent_shape", "time_ids")
+LATENTS = ("latent_0", "latent_1")  # of the winner and of the loser
 
 LATENT_CHANNELS = 4
 
@@ -33,7 +37,7 @@ class Pairs:
     """n pairs on the CPU, in the order of the file."""
 
     ids: list[str]
-    latents_w: Tensor  # [n, 4, h, w] float16, in the UNet's scaled space
+    latents_w: Tensor  # [n, 4, h, w] float16, in the UNet's scaled space; of load_pairs: on disk, read when used
     latents_l: Tensor
     weight: Tensor  # [n] float32: of the prompt
     delta: Tensor  # [n] float32: difference of the calibrated rewards
@@ -95,19 +99,21 @@ def load_pairs(folder: Path) -> tuple[Pairs, Pairs]:
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
 
     def read(path: Path) -> Pairs:
-        table = read_table(path, COLUMNS)
-        if not len(table):
-            raise UserError(f"{path}: no pairs. Lower score.margin, or generate more candidates.")
-        column = {name: table[name].to_pylist() for name in COLUMNS if not name.startswith("latent_")}
+        with open_parquet(path, (*COLUMNS, *LATENTS)) as file:
+            table = file.read(columns=list(COLUMNS))
+            if not len(table):
+                raise UserError(f"{path}: no pairs. Lower score.margin, or generate more candidates.")
+            sizes = torch.tensor([shape[1:] for shape in table["latent_shape"].to_pylist()])
+            latents_w, latents_l = (_latents(file, name, sizes, path) for name in LATENTS)
+        column = {name: table[name].to_pylist() for name in COLUMNS}
         unknown = [prompt for prompt in column["prompt_id"] if prompt not in row_of]
         if unknown:
             raise UserError(f"{path}: no text embedding of prompt {unknown[0]}; run the stage score again")
-        sizes = _latent_sizes(table)
         rca = torch.tensor([column["rca_0"], column["rca_1"]], dtype=torch.float64)
         return Pairs(
             ids=column["pair_id"],
-            latents_w=_latents(table, "latent_0", sizes, path),
-            latents_l=_latents(table, "latent_1", sizes, path),
+            latents_w=latents_w,
+            latents_l=latents_l,
             weight=torch.tensor(column["weight"], dtype=torch.float32),
             delta=(rca[0] - rca[1]).float(),
             size=torch.tensor(
@@ -230,26 +236,37 @@ def _load_text(path: Path) -> dict[str, Tensor]:
     return text
 
 
-def _latent_sizes(table: pa.Table) -> Tensor:
-    """h and w of every pair's latents, [n, 2]."""
-    return torch.tensor([shape[1:] for shape in table["latent_shape"].to_pylist()])
+def _latents(file: pq.ParquetFile, column: str, sizes: Tensor, path: Path) -> Tensor:
+    """[n, 4, h, w] float16 from bytes; zeros fill up what is smaller than the largest h and w.
 
-
-def _latents(table: pa.Table, column: str, sizes: Tensor, path: Path) -> Tensor:
-    """[n, 4, h, w] float16 from bytes; zeros fill up what is smaller than the largest h and w."""
+    They are copied to a file that is mapped into memory, has no name and goes with the tensor: a public set's latents,
+    0.3 MB a pair at 1024 px, are more than memory holds. Raises :class:`UserError` for latents of another size, that
+    are no numbers, or that the disk has no room for.
+    """
     high, wide = sizes.amax(0).tolist()
-    padded = torch.zeros(len(table), LATENT_CHANNELS, high, wide, dtype=torch.float16)
-    for row, (data, (h, w)) in enumerate(zip(table[column].to_pylist(), sizes.tolist(), strict=True)):
-        latent = np.frombuffer(data, dtype="<f2")
-        if latent.size != LATENT_CHANNELS * h * w:
-            raise UserError(
-                f"{path}, row {row + 1}: {column} does not have the size that latent_shape {[LATENT_CHANNELS, h, w]} "
-                "says; run the stage score again"
-            )
-        if not np.isfinite(latent).all():
-            raise UserError(
-                f"{path}, row {row + 1}: {column} holds values that are no numbers: the base model overflowed. "
-                "Set base.dtype to float32, or base.vae to one that is safe in 16 bits, and make the pairs again."
-            )
-        padded[row, :, :h, :w] = torch.from_numpy(latent.reshape(LATENT_CHANNELS, h, w).copy())
-    return padded
+    batches = file.iter_batches(ROWS_PER_GROUP, columns=[column])
+    rows = (data for batch in batches for data in batch[column].to_pylist())
+    scratch = scratch_root()
+    scratch.mkdir(parents=True, exist_ok=True)
+    with disk_errors(scratch), tempfile.TemporaryFile(dir=scratch) as copy:
+        for row, (data, (h, w)) in enumerate(zip(rows, sizes.tolist(), strict=True), start=1):
+            latent = _latent(data, h, w, f"{path}, row {row}: {column}")
+            copy.write(np.pad(latent, ((0, 0), (0, high - h), (0, wide - w))).tobytes())
+        copy.flush()
+        mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapped, dtype=torch.float16).view(len(sizes), LATENT_CHANNELS, high, wide)
+
+
+def _latent(data: bytes, h: int, w: int, where: str) -> NDArray[np.float16]:
+    latent = np.frombuffer(data, dtype="<f2")
+    shape = (LATENT_CHANNELS, h, w)
+    if latent.size != math.prod(shape):
+        raise UserError(
+            f"{where} does not have the size that latent_shape {list(shape)} says; run the stage score again"
+        )
+    if not np.isfinite(latent).all():
+        raise UserError(
+            f"{where} holds values that are no numbers: the base model overflowed. "
+            "Set base.dtype to float32, or base.vae to one that is safe in 16 bits, and make the pairs again."
+        )
+    return latent.reshape(shape)

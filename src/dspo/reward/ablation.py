@@ -31,9 +31,21 @@ class Trial:
 
 def variants(params: RewardParams) -> dict[str, RewardParams]:
     """Name -> parameters. A part that ``params`` leaves out is added instead of taken away."""
-    off: dict[str, object] = {"fusion": False, "focal_gamma": 0.0, "ema_decay": 0.0, "mixup_alpha": 0.0}
-    on: dict[str, object] = {"fusion": True, "focal_gamma": 1.0, "ema_decay": 0.99, "mixup_alpha": 0.2}
-    labels = {"fusion": "fusion", "focal_gamma": "focal loss", "ema_decay": "EMA", "mixup_alpha": "MixUp"}
+    off: dict[str, object] = {
+        "fusion": False,
+        "focal_gamma": 0.0,
+        "ema_decay": 0.0,
+        "mixup_alpha": 0.0,
+        "mirror": False,
+    }
+    on: dict[str, object] = {"fusion": True, "focal_gamma": 1.0, "ema_decay": 0.99, "mixup_alpha": 0.2, "mirror": True}
+    labels = {
+        "fusion": "fusion",
+        "focal_gamma": "focal loss",
+        "ema_decay": "EMA",
+        "mixup_alpha": "MixUp",
+        "mirror": "mirroring",
+    }
     rows = {FULL: params}
     for key, label in labels.items():
         has_it = getattr(params, key) != off[key]

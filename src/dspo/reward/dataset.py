@@ -2,9 +2,11 @@
 
 import hashlib
 import mmap
+import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ class RatedPairs:
     prompt_id: NDArray[np.str_]
     base: NDArray[np.bool_]  # [n_pairs] both images are the base model's own samples
     path: Path
+    mirrored: bool = False  # the images are to be looked at in a mirror
 
     def __len__(self) -> int:
         return len(self.first)
@@ -57,6 +60,13 @@ class RatedPairs:
     def unlabelled(self, heads: tuple[str, ...]) -> list[str]:
         """Heads that no pair has a label for."""
         return [head for head in heads if np.isnan(self.head_shares((head,))).all()]
+
+
+def mirror_image(pairs: RatedPairs) -> RatedPairs:
+    """The pairs seen in a mirror, "left" and "right" exchanged in their captions: people would vote as they did."""
+    exchanged = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+    captions = [re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda found: exchanged[found[0]], text) for text in pairs.captions]
+    return replace(pairs, captions=captions, mirrored=True)
 
 
 def read_ratings(path: Path) -> RatedPairs:
@@ -136,6 +146,11 @@ class Stems:
         fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
         self.kept = self._keep() if fits else None
 
+    @cached_property
+    def mirrored(self) -> "Stems":
+        """Those of the set's mirror image."""
+        return Stems(self.backbone, mirror_image(self.pairs), self.dtype)
+
     def images(self, rows: Rows) -> Tensor:
         """[len(rows), 1 + n_patches, image_width]."""
         return self._image_stems(rows) if self.kept is None else self.kept[torch.from_numpy(rows).to(self.device)]
@@ -159,7 +174,8 @@ class Stems:
     def _image(self, row: int) -> Pixels:
         """Decoded and of the backbone's size: PIL works outside of Python's lock."""
         image = decode_image(self.pairs.images[row].as_py(), f"{self.pairs.path}: distinct image {row}")
-        return self.backbone.resize(image)
+        image = self.backbone.resize(image)
+        return image[:, ::-1] if self.pairs.mirrored else image
 
 
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:

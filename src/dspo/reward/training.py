@@ -91,7 +91,8 @@ def train_reward(
             else None
         )
 
-        loss = batch_loss(model, train, rows, labels, mix, params.focal_gamma)
+        mirror = params.mirror and keyed_rng(seed, "reward-mirror", step).random() < 0.5
+        loss = batch_loss(model, train.mirrored if mirror else train, rows, labels, mix, params.focal_gamma)
         if not torch.isfinite(loss):
             raise UserError(f"reward: the loss is {loss.item()} at step {step}; lower reward.lr_heads or lr_backbone")
         optimizer.zero_grad(set_to_none=True)
