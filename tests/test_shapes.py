@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspo.errors import UserError
+from dspo.shapes.analysis import oklab
 from dspo.shapes.defects import KINDS, spoil
 from dspo.shapes.described import caption, describe
 from dspo.shapes.gold import judge
@@ -28,7 +29,7 @@ from dspo.shapes.grammar import (
     parse,
     random_request,
 )
-from dspo.shapes.probes import PATCH, patch_contents, patch_texture
+from dspo.shapes.probes import PATCH, patch_colours, patch_contents, patch_texture
 from dspo.shapes.render import (
     PALETTE,
     SHADE,
@@ -288,8 +289,14 @@ def is_true_of(request: Request, scene: Scene) -> bool:
             request.relation
         ]
 
+    def stands(one: Object) -> bool:
+        column, row = np.searchsorted((25.25, 38.75), (one.x, one.y))
+        return POSITIONS[3 * row + column] == request.position
+
     return request.background in (None, scene.background) and any(
-        all(map(fits, request.objects, chosen)) and (request.relation is None or placed(*chosen))
+        all(map(fits, request.objects, chosen))
+        and (request.position is None or stands(chosen[0]))
+        and (request.relation is None or placed(*chosen))
         for chosen in permutations(scene.objects, len(request.objects))
     )
 
@@ -318,7 +325,7 @@ def test_what_is_told_of_a_mirrored_picture_is_true_of_the_mirrored_scene() -> N
     )
     batch = mirrored(replace(straight, captions=straight.captions[:, 0]), left, right)
     assert (batch.images.int() - turned.images.int()).abs().max() <= 1
-    for name in ("classes", "places", "damage"):
+    for name in ("classes", "places", "colours", "damage"):
         torch.testing.assert_close(getattr(batch, name), getattr(turned, name))
     for tokens, scene in zip(batch.captions[:, 0], seen, strict=True):
         assert is_true_of(parse(tokenizer.decode(tokens, skip_special_tokens=True)), scene)
@@ -332,3 +339,15 @@ def test_patch_contents_are_what_the_scene_shows() -> None:
     assert places[at] == pytest.approx([0.0, 0.0, 10 / 16])
     assert classes[7].tolist() == [len(SHAPES), COLOURS.index("blue"), 0]
     assert np.sum(classes[:, 0] < len(SHAPES)) == pytest.approx(np.pi * 100 / 64, abs=5)
+
+
+def test_the_colour_of_a_patch_is_that_of_all_its_object_without_edge_and_shade() -> None:
+    scene = Scene((Object("square", "red", "striped", 20.0, 44.0, 10.0),), "blue")
+    picture = render_float(scene)
+    rose = picture[..., :1] > picture[..., 2:]  # where the red object is; as a whole a little lighter
+    colours = patch_colours(np.where(rose, 1.1 * picture, picture), scene)
+    at = (44 // 8) * 8 + 20 // 8
+    assert colours[at] == pytest.approx(10 * oklab(1.1 * PALETTE["red"]), abs=1e-3)
+    assert colours[0] == pytest.approx(10 * oklab(PALETTE["blue"]), abs=1e-3)
+    thin = Scene((Object("ring", "red", "solid", 20.0, 44.0, 1.8),), "blue")  # edge all over
+    assert np.isnan(patch_colours(render_float(thin), thin)[at]).all()

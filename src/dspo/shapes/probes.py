@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dspo.shapes.analysis import oklab
 from dspo.shapes.grammar import COLOURS, PATTERNS, SHAPES
-from dspo.shapes.render import SIDE, Scene, coverage
+from dspo.shapes.render import PALETTE, SIDE, Scene, coverage, render_float
 
 PATCH = 8  # pixels
 PATCHES = SIDE // PATCH
@@ -24,10 +25,7 @@ def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     Classes int64 [64, 3]: shape (the last is "none"), colour, pattern. Places float32 [64, 3]: offset x, y from the
     patch's middle to its object's centre and the object's radius, over 16 pixels; 0 without an object.
     """
-    shares = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
-    shares = shares.reshape(-1, PATCHES, PATCH, PATCHES, PATCH).mean(axis=(2, 4)).reshape(-1, PATCHES**2)
-    owner = shares.argmax(axis=0)
-    covered = (shares.max(axis=0) > 0.1)[:, None]
+    owner, covered = _owners(scene)
     ground = (len(SHAPES), COLOURS.index(scene.background), 0)
     of_object = [(SHAPES.index(o.shape), COLOURS.index(o.colour), PATTERNS.index(o.pattern)) for o in scene.objects]
     classes = np.where(covered, np.array(of_object)[owner], np.array(ground))
@@ -36,6 +34,28 @@ def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     objects = np.array([(o.x, o.y, o.radius) for o in scene.objects])[owner]
     places = np.concatenate([objects[:, :2] - middle, objects[:, 2:]], axis=1) / 16
     return classes.astype(np.int64), np.where(covered, places, 0).astype(np.float32)
+
+
+def patch_colours(picture: np.ndarray, scene: Scene) -> np.ndarray:
+    """The colour of the object, or else the ground, that each patch shows, float32 [64, 3]: OKLab, times 10.
+
+    It is the mean over all of it that is neither edge nor shade in a clean render of the scene; NaN if nothing is.
+    """
+    lab, clean = 10 * oklab(picture), render_float(scene)
+    covers = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
+    parts = [*(covers > 0.99), (covers < 0.01).all(axis=0)]
+    colours = [PALETTE[name] for name in (*(o.colour for o in scene.objects), scene.background)]
+    plain = [part & (np.abs(clean - colour).max(axis=-1) < 0.01) for part, colour in zip(parts, colours, strict=True)]
+    means = np.array([lab[where].mean(axis=0) if where.any() else np.full(3, np.nan) for where in plain])
+    owner, covered = _owners(scene)
+    return np.float32(np.where(covered, means[owner], means[-1]))
+
+
+def _owners(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Which object covers most of each patch [64], and whether it covers more than a tenth [64, 1]."""
+    shares = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
+    shares = shares.reshape(-1, PATCHES, PATCH, PATCHES, PATCH).mean(axis=(2, 4)).reshape(-1, PATCHES**2)
+    return shares.argmax(axis=0), (shares.max(axis=0) > 0.1)[:, None]
 
 
 class PatchProbe(nn.Linear):

@@ -42,7 +42,16 @@ from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
 from dspo.shapes.defects import Picture, spoil
 from dspo.shapes.described import caption, describe
 from dspo.shapes.grammar import Request, confused_request, random_request, wrong_request
-from dspo.shapes.probes import PATCH, PATCHES, TEXTURES, PatchProbe, patch_contents, patch_damage, patch_texture
+from dspo.shapes.probes import (
+    PATCH,
+    PATCHES,
+    TEXTURES,
+    PatchProbe,
+    patch_colours,
+    patch_contents,
+    patch_damage,
+    patch_texture,
+)
 from dspo.shapes.render import SIDE, Scene, random_scene, render_float
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
 from dspo.shapes.web import FAULTS, QUALITY_WORDS, web_picture
@@ -90,6 +99,7 @@ class Pictures:
     captions: Tensor  # token ids [N, TELLINGS, 3, L]: a true one and two wrong ones; [N, 3, L] of a batch
     classes: Tensor  # int [N, 64, 3], as patch_contents has them
     places: Tensor  # [N, 64, 3]
+    colours: Tensor  # [N, 64, 3], as patch_colours has them
     damage: Tensor  # [N, 64] how far each patch is from a clean render
     faults: Tensor  # [N, len(FAULTS)]
 
@@ -126,13 +136,14 @@ def sampled_pictures(base: Path, indices: range, seed: int) -> Iterator[Captione
 
 def as_tensors(pictures: Iterable[Captioned]) -> Pictures:
     tokenizer = new_tokenizer(QUALITY_WORDS)
-    images, texts, classes, places, damage, faults = [], [], [], [], [], []
+    images, texts, classes, places, colours, damage, faults = [], [], [], [], [], [], []
     for picture in pictures:
         what, where = patch_contents(picture.scene)
         images.append(picture.pixels)
         texts.append(picture.captions)
         classes.append(what)
         places.append(where)
+        colours.append(patch_colours(picture.pixels / 255, picture.scene))
         damage.append(patch_damage(picture.pixels / 255, render_float(picture.scene)))
         faults.append(picture.faults)
     tokens = tokenizer(list(np.ravel(texts)), padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt")
@@ -141,6 +152,7 @@ def as_tensors(pictures: Iterable[Captioned]) -> Pictures:
         captions=torch.as_tensor(tokens.input_ids).unflatten(0, (len(images), TELLINGS, 3)),
         classes=torch.from_numpy(np.stack(classes)),
         places=torch.from_numpy(np.stack(places)),
+        colours=torch.from_numpy(np.stack(colours)),
         damage=torch.from_numpy(np.stack(damage)),
         faults=torch.tensor(faults),
     )
@@ -166,6 +178,7 @@ def mirrored(batch: Pictures, left: int, right: int) -> Pictures:
         captions=torch.where(words == left, right, torch.where(words == right, left, words)),
         classes=across(batch.classes),
         places=across(batch.places) * torch.tensor([-1.0, 1.0, 1.0]),
+        colours=across(batch.colours),
         damage=across(batch.damage),
         faults=batch.faults,
     )
@@ -219,6 +232,7 @@ class Probes(nn.Module):
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
         self.patch = PatchProbe(width)
+        self.colour = nn.Linear(width, 3)
         self.damage = nn.Linear(width, 1)
         self.texture = nn.Linear(width, TEXTURES)
         self.fault = nn.Linear(embed_dim, len(FAULTS))
@@ -227,6 +241,7 @@ class Probes(nn.Module):
         """The loss of the patches' contents, and the absolute errors of damage, texture and the faults' strengths."""
         texture = patch_texture(batch.images.float() / 255)
         errors: Tensor = (self.fault(pooled).float() - batch.faults).abs().nanmean()
+        errors = errors + 2 * (self.colour(patches).float() - batch.colours).abs().nanmean()
         for probe, truth in ((self.damage, batch.damage[..., None]), (self.texture, texture)):
             errors = errors + F.l1_loss(probe(patches).float(), truth)
         return self.patch.loss(patches, batch.classes, batch.places) + 4 * errors
@@ -250,9 +265,13 @@ def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr:
     model.visual.output_tokens = True
     probes = Probes(model.visual.transformer.width, model.visual.output_dim)
     both = nn.ModuleList([model, probes])
-    optimizers = new_optimizers(model, probes, lr)
-    schedules = [OneCycleLR(one, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False) for one in optimizers]
-    learning = dict(zip(("muon", "adamw", "muon_lr", "adamw_lr"), (*optimizers, *schedules), strict=True))
+    muon, adamw = new_optimizers(model, probes, lr)
+    learning = {
+        "muon": muon,
+        "adamw": adamw,
+        "muon_lr": schedule(muon, lr, steps),
+        "adamw_lr": schedule(adamw, lr, steps),
+    }
     start = load_checkpoint(work / "clip.pt", model=both, **learning)
     for step in progress(range(start, steps), steps - start, "clip"):
         rng = keyed_rng(seed, "clip-batch", step)
@@ -303,6 +322,11 @@ def new_optimizers(model: nn.Module, probes: Probes, lr: float) -> tuple[Optimiz
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.05),
     )
+
+
+def schedule(optimizer: Optimizer, lr: float, steps: int) -> OneCycleLR:
+    """A tenth of the steps up to ``lr``, then down to nothing."""
+    return OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
 
 
 def normalised(pixels: Tensor) -> Tensor:
