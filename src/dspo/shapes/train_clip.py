@@ -241,7 +241,7 @@ class Probes(nn.Module):
         """The loss of the patches' contents, and the absolute errors of damage, texture and the faults' strengths."""
         texture = patch_texture(batch.images.float() / 255)
         errors: Tensor = (self.fault(pooled).float() - batch.faults).abs().nanmean()
-        errors = errors + 2 * (self.colour(patches).float() - batch.colours).abs().nanmean()
+        errors = errors + (self.colour(patches).float() - batch.colours).abs().nanmean()
         for probe, truth in ((self.damage, batch.damage[..., None]), (self.texture, texture)):
             errors = errors + F.l1_loss(probe(patches).float(), truth)
         return self.patch.loss(patches, batch.classes, batch.places) + 4 * errors
