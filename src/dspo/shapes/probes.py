@@ -48,7 +48,7 @@ def patch_colours(picture: np.ndarray, scene: Scene) -> np.ndarray:
     plain = [part & (np.abs(clean - colour).max(axis=-1) < 0.01) for part, colour in zip(parts, colours, strict=True)]
     means = np.array([lab[where].mean(axis=0) if where.any() else np.full(3, np.nan) for where in plain])
     owner, covered = _owners(scene)
-    return np.float32(np.where(covered, means[owner], means[-1]))
+    return np.asarray(np.where(covered, means[owner], means[-1]), dtype=np.float32)
 
 
 def _owners(scene: Scene) -> tuple[np.ndarray, np.ndarray]:

@@ -170,7 +170,8 @@ def mirrored(batch: Pictures, left: int, right: int) -> Pictures:
     then: every shape and every pattern of the renderer is its own mirror image."""
 
     def across(of_patches: Tensor) -> Tensor:
-        return of_patches.unflatten(1, (PATCHES, PATCHES)).flip(2).flatten(1, 2)
+        turned: Tensor = of_patches.unflatten(1, (PATCHES, PATCHES)).flip(2).flatten(1, 2)
+        return turned
 
     words = batch.captions
     return Pictures(
@@ -266,7 +267,7 @@ def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr:
     probes = Probes(model.visual.transformer.width, model.visual.output_dim)
     both = nn.ModuleList([model, probes])
     muon, adamw = new_optimizers(model, probes, lr)
-    learning = {
+    learning: dict[str, Optimizer | OneCycleLR] = {
         "muon": muon,
         "adamw": adamw,
         "muon_lr": schedule(muon, lr, steps),
@@ -308,7 +309,7 @@ def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr:
     write_json(held_out(model.eval(), as_tensors(sampled_pictures(base, fresh, seed))), output / "report.json")
 
 
-def new_optimizers(model: nn.Module, probes: Probes, lr: float) -> tuple[Optimizer, Optimizer]:
+def new_optimizers(model: open_clip.model.CLIP, probes: Probes, lr: float) -> tuple[Optimizer, Optimizer]:
     """Muon for the matrices of both towers' blocks, AdamW for all else.
 
     Muon (K. Jordan et al. 2024) with AdamW's step length (Liu et al. 2025, arXiv 2502.16982) comes much farther here in
@@ -335,7 +336,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def held_out(model: nn.Module, data: Pictures) -> dict[str, float | int]:
+def held_out(model: open_clip.model.CLIP, data: Pictures) -> dict[str, float | int]:
     """In what share of pictures the right caption is nearer than the wrong ones: that with one attribute changed, the
     confused one, both."""
     images = F.normalize(model.visual(normalised(data.images.float() / 255))[0], dim=-1)
