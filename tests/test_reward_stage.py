@@ -52,5 +52,5 @@ def test_the_ablation_writes_its_table(command: list[str], tmp_path: Path, monke
     monkeypatch.setattr(reward_ablation, "LR_FACTORS", (1.0,))
     reward_ablation.main([*command, "--output", str(tmp_path / "reports")])
     report = read_json(tmp_path / "reports" / "ablation.json")
-    assert len(report["rows"]) == 7 and 0 <= report["plain_head_macro_f1"] <= 1
+    assert len(report["rows"]) == 8 and 0 <= report["plain_head_macro_f1"] <= 1
     assert "| plain head |" in (tmp_path / "reports" / "ablation.md").read_text(encoding="utf-8")
