@@ -49,7 +49,10 @@ def describe(picture: NDArray[np.uint8]) -> Description | None:
 
 
 def caption(shown: Description, rng: np.random.Generator) -> Request | None:
-    """A request that the picture fulfils, of one or two of its objects; None if no object's shape is beyond doubt."""
+    """A request that the picture fulfils, of one or two of its objects; None if no object's shape is beyond doubt.
+
+    Of two, as in prompts, only with two different colours, so that it is wrong with colours or places exchanged.
+    """
     told = [(place, sure) for place, sure in zip(shown.scene.objects, shown.sure, strict=True) if sure]
     if not told:
         return None
@@ -57,8 +60,9 @@ def caption(shown: Description, rng: np.random.Generator) -> Request | None:
     background = _told(shown.sure_background, "background", rng)
     if others and rng.random() < BOTH_SHARE:
         relation = _relation(place, others[0][0])
-        if relation:
-            return Request((_words(sure, rng), _words(others[0][1], rng)), None, relation, background)
+        both = (_words(sure, rng), _words(others[0][1], rng))
+        if relation and len({told.colour for told in both if told.colour}) == 2:
+            return Request(both, None, relation, background)
     return Request((_words(sure, rng),), _told(_position(place), "position", rng), None, background)
 
 

@@ -6,9 +6,10 @@ stopped when run again. Beside the weights it leaves ``report.json``: how well i
 Contrastive learning on pictures as the web has them and on samples of the base, captioned by what is seen on them, half
 of the batches in a mirror. Half of the web's captions also say how well the picture is made, and every picture has
 captions of its own that are wrong in one point, as negatives. A caption that leaves much free may fit other pictures of
-its batch too; those count as negatives, as they do in CLIP. Beside that, linear probes on the image tokens must tell
-what each patch shows, its colours and edges, how far it is from a clean render, and how strong each fault is (they are
-not saved): a few hundred thousand pictures are too few for a vision transformer to find that out from captions alone.
+its batch too; those count as negatives, as they do in CLIP. Beside that, linear probes must tell from the image tokens
+what each patch shows, its colours and edges and how far it is from a clean render, and from the embedding how strong
+each fault is (they are not saved): a hundred thousand pictures are too few for a vision transformer to find that out
+from captions alone.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from dspo.data.files import write_json
+from dspo.data.files import whole_file, write_json
 from dspo.data.keys import keyed_rng, prompt_id
 from dspo.data.prompts import Prompt
 from dspo.diffusion.base import load_pipeline
@@ -134,22 +135,32 @@ def sampled_pictures(base: Path, indices: range, seed: int) -> Iterator[Captione
                 yield Captioned(pixels, captions, shown.scene, (np.nan,) * len(FAULTS))
 
 
+def pictures(base: Path, kept: Path, seed: int) -> Pictures:
+    """All that is learnt from; ``kept``: the file that spares a second making."""
+    if not kept.exists():
+        made = as_tensors(chain(web_pictures(seed), sampled_pictures(base, range(SAMPLED_PICTURES), seed)))
+        with whole_file(kept) as partial:
+            torch.save(vars(made), partial)
+    return Pictures(**torch.load(kept, weights_only=True))
+
+
 def as_tensors(pictures: Iterable[Captioned]) -> Pictures:
     tokenizer = new_tokenizer(QUALITY_WORDS)
-    images, texts, classes, places, colours, damage, faults = [], [], [], [], [], [], []
+    images, captions, classes, places, colours, damage, faults = [], [], [], [], [], [], []
     for picture in pictures:
         what, where = patch_contents(picture.scene)
         images.append(picture.pixels)
-        texts.append(picture.captions)
+        texts = list(chain(*picture.captions))
+        tokens = tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt")
+        captions.append(torch.as_tensor(tokens.input_ids).unflatten(0, (TELLINGS, 3)))
         classes.append(what)
         places.append(where)
         colours.append(patch_colours(picture.pixels / 255, picture.scene))
         damage.append(patch_damage(picture.pixels / 255, render_float(picture.scene)))
         faults.append(picture.faults)
-    tokens = tokenizer(list(np.ravel(texts)), padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt")
     return Pictures(
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        captions=torch.as_tensor(tokens.input_ids).unflatten(0, (len(images), TELLINGS, 3)),
+        captions=torch.stack(captions),
         classes=torch.from_numpy(np.stack(classes)),
         places=torch.from_numpy(np.stack(places)),
         colours=torch.from_numpy(np.stack(colours)),
@@ -258,7 +269,7 @@ def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor) 
 
 def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
-    data = as_tensors(chain(web_pictures(seed), sampled_pictures(base, range(SAMPLED_PICTURES), seed)))
+    data = pictures(base, work / "pictures.pt", seed)
     tokenizer = new_tokenizer(QUALITY_WORDS)
     left, right = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("left", "right"))
     config = model_config(len(tokenizer))
@@ -267,12 +278,8 @@ def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr:
     probes = Probes(model.visual.transformer.width, model.visual.output_dim)
     both = nn.ModuleList([model, probes])
     muon, adamw = new_optimizers(model, probes, lr)
-    learning: dict[str, Optimizer | OneCycleLR] = {
-        "muon": muon,
-        "adamw": adamw,
-        "muon_lr": schedule(muon, lr, steps),
-        "adamw_lr": schedule(adamw, lr, steps),
-    }
+    schedules = [schedule(one, lr, steps) for one in (muon, adamw)]
+    learning = {"muon": muon, "adamw": adamw, "muon_lr": schedules[0], "adamw_lr": schedules[1]}
     start = load_checkpoint(work / "clip.pt", model=both, **learning)
     for step in progress(range(start, steps), steps - start, "clip"):
         rng = keyed_rng(seed, "clip-batch", step)
@@ -296,7 +303,9 @@ def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr:
         both.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        for one in learning.values():
+        muon.step()
+        adamw.step()
+        for one in schedules:
             one.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))
@@ -337,8 +346,8 @@ def normalised(pixels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def held_out(model: open_clip.model.CLIP, data: Pictures) -> dict[str, float | int]:
-    """In what share of pictures the right caption is nearer than the wrong ones: that with one attribute changed, the
-    confused one, both."""
+    """In what share of pictures the right caption is nearer than the wrong ones: that with one attribute changed; the
+    confused one, which of a single object is another such; both."""
     images = F.normalize(model.visual(normalised(data.images.float() / 255))[0], dim=-1)
     texts = F.normalize(model.encode_text(data.captions[:, 0].flatten(0, 1)), dim=-1).unflatten(0, (-1, 3))
     right, *wrong = torch.einsum("nd,nkd->kn", images, texts)
@@ -362,7 +371,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the base model whose samples are looked at too")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument("--steps", type=int, default=16_600)
     parser.add_argument("--batch-size", type=int, default=160)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
