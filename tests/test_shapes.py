@@ -314,6 +314,21 @@ def test_a_described_picture_is_what_was_drawn() -> None:
     assert describe(to_pixels(np.full((SIDE, SIDE, 3), PALETTE["red"]))) is None
 
 
+def test_a_confused_caption_of_a_described_picture_is_wrong() -> None:
+    told = []
+    for i in range(60):
+        rng = np.random.default_rng(i)
+        scene = random_scene(random_request(rng), rng)
+        if i % 2:  # objects of one colour, as the base often draws them
+            scene = replace(scene, objects=tuple(replace(o, colour=scene.objects[0].colour) for o in scene.objects))
+        shown = describe(render(scene))
+        request = caption(shown, rng) if shown else None
+        if request and request.relation:
+            told.append(request)
+            assert not is_true_of(confused_request(request, rng), scene)
+    assert len(told) >= 4
+
+
 def test_what_is_told_of_a_mirrored_picture_is_true_of_the_mirrored_scene() -> None:
     seen = [Scene(tuple(replace(o, x=SIDE - o.x) for o in scene.objects), scene.background) for scene in SCENES]
     tokenizer = new_tokenizer(QUALITY_WORDS)

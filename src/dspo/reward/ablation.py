@@ -31,28 +31,21 @@ class Trial:
 
 def variants(params: RewardParams) -> dict[str, RewardParams]:
     """Name -> parameters. A part that ``params`` leaves out is added instead of taken away."""
-    off: dict[str, object] = {
-        "fusion": False,
-        "focal_gamma": 0.0,
-        "ema_decay": 0.0,
-        "mixup_alpha": 0.0,
-        "mirror": False,
-    }
-    on: dict[str, object] = {"fusion": True, "focal_gamma": 1.0, "ema_decay": 0.99, "mixup_alpha": 0.2, "mirror": True}
-    labels = {
-        "fusion": "fusion",
-        "focal_gamma": "focal loss",
-        "ema_decay": "EMA",
-        "mixup_alpha": "MixUp",
-        "mirror": "mirroring",
+    parts: dict[str, tuple[str, object, object]] = {  # key -> what it is called, off, on
+        "fusion": ("fusion", False, True),
+        "focal_gamma": ("focal loss", 0.0, 1.0),
+        "ema_decay": ("EMA", 0.0, 0.99),
+        "mixup_alpha": ("MixUp", 0.0, 0.2),
+        "mirror": ("mirroring", False, True),
     }
     rows = {FULL: params}
-    for key, label in labels.items():
-        has_it = getattr(params, key) != off[key]
+    for key, (label, off, on) in parts.items():
+        has_it = getattr(params, key) != off
         name = f"without {label}" if has_it else f"with {label}"
-        rows[name] = params.model_copy(update={key: off[key] if has_it else on[key]})
+        rows[name] = params.model_copy(update={key: off if has_it else on})
     rows["one head"] = params.model_copy(update={"heads": ["overall"]})
-    rows[PLAIN] = params.model_copy(update={**off, "heads": ["overall"]})
+    everything_off = {key: off for key, (_, off, _) in parts.items()}
+    rows[PLAIN] = params.model_copy(update={**everything_off, "heads": ["overall"]})
     return rows
 
 

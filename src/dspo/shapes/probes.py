@@ -25,7 +25,7 @@ def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     Classes int64 [64, 3]: shape (the last is "none"), colour, pattern. Places float32 [64, 3]: offset x, y from the
     patch's middle to its object's centre and the object's radius, over 16 pixels; 0 without an object.
     """
-    owner, covered = _owners(scene)
+    owner, covered = _owners(_covers(scene))
     ground = (len(SHAPES), COLOURS.index(scene.background), 0)
     of_object = [(SHAPES.index(o.shape), COLOURS.index(o.colour), PATTERNS.index(o.pattern)) for o in scene.objects]
     classes = np.where(covered, np.array(of_object)[owner], np.array(ground))
@@ -42,19 +42,23 @@ def patch_colours(picture: np.ndarray, scene: Scene) -> np.ndarray:
     It is the mean over all of it that is neither edge nor shade in a clean render of the scene; NaN if nothing is.
     """
     lab, clean = 10 * oklab(picture), render_float(scene)
-    covers = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
+    covers = _covers(scene)
     parts = [*(covers > 0.99), (covers < 0.01).all(axis=0)]
     colours = [PALETTE[name] for name in (*(o.colour for o in scene.objects), scene.background)]
     plain = [part & (np.abs(clean - colour).max(axis=-1) < 0.01) for part, colour in zip(parts, colours, strict=True)]
     means = np.array([lab[where].mean(axis=0) if where.any() else np.full(3, np.nan) for where in plain])
-    owner, covered = _owners(scene)
+    owner, covered = _owners(covers)
     return np.asarray(np.where(covered, means[owner], means[-1]), dtype=np.float32)
 
 
-def _owners(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def _covers(scene: Scene) -> np.ndarray:
+    """What share of each pixel each object covers, [n_objects, 64, 64]."""
+    return np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
+
+
+def _owners(covers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which object covers most of each patch [64], and whether it covers more than a tenth [64, 1]."""
-    shares = np.stack([coverage(o.shape, o.x, o.y, o.radius) for o in scene.objects])
-    shares = shares.reshape(-1, PATCHES, PATCH, PATCHES, PATCH).mean(axis=(2, 4)).reshape(-1, PATCHES**2)
+    shares = covers.reshape(-1, PATCHES, PATCH, PATCHES, PATCH).mean(axis=(2, 4)).reshape(-1, PATCHES**2)
     return shares.argmax(axis=0), (shares.max(axis=0) > 0.1)[:, None]
 
 
