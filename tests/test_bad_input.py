@@ -1,6 +1,7 @@
 """Bad input gets one clear message and exit code 2; nothing is half-written."""
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dspo.preference.checkpoint import TrainingState
 from dspo.preference.checkpoint import load_checkpoint as load_training
 from dspo.preference.checkpoint import save_checkpoint as save_training
 from dspo.reward.training import save_checkpoint as save_reward_training
+from dspo.shapes.ratings import SEEN
 from dspo.stages import prepare_prompts, prepare_ratings
 from dspo.stages.runner import run
 
@@ -125,9 +127,10 @@ def rated(rows):
     return prepare_ratings, "--input", "rated.parquet"
 
 
-def picture(caption="a red circle", image=None, index=0):
-    image = image if image is not None else encode_png(np.zeros((64, 64, 3), np.uint8))
-    return {"prompt_id": "p", "caption": caption, "image": image, "source": "base", "sample_index": index}
+def picture(index=0, **scores):
+    image = encode_png(np.zeros((64, 64, 3), np.uint8))
+    row = {"prompt_id": "p", "caption": "a red circle", "image": image, "source": "base", "sample_index": index}
+    return row | {f"gold_{name}": scores.get(name, 0.5) for name in SEEN}
 
 
 def test_truncated_shard(fails):
@@ -148,18 +151,13 @@ def test_shard_damaged_inside(fails):
 
 def test_shard_of_another_layout(fails):
     pq.write_table(pa.table({"text": ["a"]}), "rated.parquet")
-    assert "rated.parquet: no column prompt_id, caption, image" in fails(prepare_ratings, "--input", "rated.parquet")
+    assert "rated.parquet: no column prompt_id, caption, sample_index" in fails(prepare_ratings, "--input", "rated.parquet")
 
 
-@pytest.mark.parametrize("image", [b"", b"not an image", encode_png(np.zeros((64, 64, 3), np.uint8))[:60]])
-def test_undecodable_image(fails, image):
-    assert "rated.parquet, row 2: the image does not decode" in fails(
-        *rated([picture(), picture(image=image, index=1)])
-    )
-
-
-def test_prompt_outside_the_grammar(fails):
-    assert "prompt '<script>' is not of the shapes grammar" in fails(*rated([picture("<script>")]))
+@pytest.mark.parametrize("score", [-0.1, 1.1, math.nan, None])
+def test_score_that_is_none(fails, score):
+    stage = rated([picture(), picture(index=1, detail=score)])
+    assert f"rated.parquet, row 2: gold_detail is {score}, expected a score in [0, 1]" in fails(*stage)
 
 
 FULL = Path("/dev/full")

@@ -1,17 +1,21 @@
 """Ratings from the rated pictures of `shapes`."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from dspo.data.images import encode_png
 from dspo.data.keys import prompt_id
 from dspo.data.records import HEADS
+from dspo.environment import processes
 from dspo.params import RatingParams
 from dspo.shapes.grammar import random_request
 from dspo.shapes.judging import judge_all
-from dspo.shapes.ratings import RatedImage, make_pairs, rate
+from dspo.shapes.ratings import SEEN, RatedImage, make_pairs, rate, read_pictures
 from dspo.shapes.render import random_scene, render
 
+SHIPPED = Path(__file__).parents[1] / "data/raw/shapes-rated.parquet"
 PARAMS = RatingParams(
     layout="shapes",
     votes=3,
@@ -32,12 +36,22 @@ def rated():
         request = random_request(rng)
         for index in range(3):
             image = render(random_scene(request, rng)) // (index + 1)
-            gold = judge_all([image], [request.prompt()], ["here"], 1)[0]
+            score = judge_all([image], [request.prompt()], ["here"], 1)[0]
+            gold = {name: getattr(score, name) for name in SEEN}
             source = "other" if index == 2 else "base"
             images.append(
-                RatedImage(prompt_id(request.prompt()), request.prompt(), encode_png(image), source, index, gold)
+                RatedImage(prompt_id(request.prompt()), request.prompt(), index, source, encode_png(image), gold)
             )
     return images
+
+
+def test_shipped_scores_are_the_gold_judges():
+    """On every 80th picture, by the renderer and the judge of today."""
+    pictures = read_pictures(SHIPPED)[::80]
+    captions = [picture.caption for picture in pictures]
+    scores = judge_all([picture.image for picture in pictures], captions, captions, processes())
+    told = [[picture.gold[name] for name in SEEN] for picture in pictures]
+    np.testing.assert_allclose(told, [[getattr(score, name) for name in SEEN] for score in scores], atol=1e-6)
 
 
 def test_all_pairs_within_a_prompt(rated):

@@ -166,6 +166,17 @@ def test_stems_that_do_not_fit_in_memory_train_the_same(
         torch.testing.assert_close(computed.raw[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("image", [b"", b"not an image", b"GIF89a"])
+def test_undecodable_image(clip_name: str, ratings: Path, tmp_path: Path, image: bytes) -> None:
+    table = read_table(ratings / "validation.parquet")
+    column = pa.array([image, *table["jpg_0"].to_pylist()[1:]])
+    path = tmp_path / "ratings.parquet"
+    write_table(table.set_column(table.schema.get_field_index("jpg_0"), "jpg_0", column), path)
+    backbone = build_model(reward_params(clip_name), 0, CPU).backbone
+    with pytest.raises(UserError, match=r"ratings\.parquet: distinct image 0: the image does not decode"):
+        Stems(backbone, read_ratings(path), "float32")
+
+
 def test_images_wait_on_disk(ratings: Path, tmp_path: Path) -> None:
     random, n = np.random.default_rng(0), 4 * ROWS_PER_GROUP
     table = read_table(ratings / "train.parquet").slice(0, 1).take([0] * n)

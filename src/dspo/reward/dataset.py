@@ -31,7 +31,8 @@ SIDES = ("jpg_0", "jpg_1")
 IMAGES = pa.schema([("image", pa.binary())])
 
 STEM_BATCH = 64
-# Stem outputs are kept in memory up to this size; a larger set computes them again in every batch.
+# Stem outputs are kept in memory up to this size, those of the mirror image likewise; a larger set computes them again
+# in every batch.
 STEM_BYTES = 4 * 2**30
 
 

@@ -1,12 +1,13 @@
 """Make the pictures that the simulated raters look at: three samples of the base and one other picture per prompt.
 
 The other picture is a render of the prompt, as it should be or spoiled in a known way, so that the reward model also
-meets what the base never makes. None of the prompts is in the list that is trained and evaluated on.
+meets what the base never makes. None of the prompts is in the list that is trained and evaluated on. The gold judge's
+scores, which the raters' votes are drawn from, are written beside the pictures.
 """
 
 import argparse
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from dspo.data.keys import keyed_rng, prompt_id
 from dspo.data.prompts import Prompt, read_prompts
 from dspo.diffusion.base import load_pipeline
 from dspo.diffusion.sampling import SampleRequest, sample
+from dspo.environment import processes
 from dspo.params import BaseModelParams, SamplerParams
 from dspo.progress import progress
 from dspo.shapes.defects import KINDS, spoil
 from dspo.shapes.grammar import parse, wrong_request
+from dspo.shapes.judging import judge_all
 from dspo.shapes.make_prompts import distinct_prompts
+from dspo.shapes.ratings import PICTURES, SEEN
 from dspo.shapes.render import SIDE, random_scene, render_float
 from dspo.shapes.render import Image as Pixels
 
@@ -84,17 +88,23 @@ def main() -> None:
     rows = [(p, k, "base", image) for p, k, image in base_pictures(args.base, prompts, args.seed, batch_size=64)]
     rows += [(p, BASE_SAMPLES, "other", other_picture(p.text, args.seed)) for p in prompts]
     rows.sort(key=lambda row: (row[0].id, row[1]))
-    table = pa.table(
-        {
-            "prompt_id": [row[0].id for row in rows],
-            "caption": [row[0].text for row in rows],
-            "sample_index": pa.array([row[1] for row in rows], pa.int32()),
-            "source": [row[2] for row in rows],
-            "image": pa.array([encode_jpeg(row[3]) for row in rows], pa.binary()),
-        }
-    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_table(table, args.output)
+    write_table(judged(rows, processes()), args.output)
+
+
+def judged(rows: Sequence[tuple[Prompt, int, str, Pixels]], processes: int) -> pa.Table:
+    """PICTURES of prompt, sample index, source and image; judged as raters see them, after the JPEG."""
+    images, captions = [encode_jpeg(row[3]) for row in rows], [row[0].text for row in rows]
+    scores = judge_all(images, captions, [f"picture of {caption!r}" for caption in captions], processes)
+    columns: dict[str, object] = {
+        "prompt_id": [row[0].id for row in rows],
+        "caption": captions,
+        "sample_index": [row[1] for row in rows],
+        "source": [row[2] for row in rows],
+        "image": images,
+    }
+    columns |= {f"gold_{name}": [getattr(score, name) for score in scores] for name in SEEN}
+    return pa.table(columns, schema=PICTURES)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,46 @@
-"""From rated pictures to a table of ratings: judged, paired within each prompt, voted on by simulated raters."""
+"""From rated pictures to a table of ratings: paired within each prompt, voted on by simulated raters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from dspo.data.images import read_table
 from dspo.data.keys import keyed_uniform
 from dspo.data.records import HEADS, RATINGS
 from dspo.data.splits import split_of
+from dspo.errors import UserError
 from dspo.params import RatingParams
 from dspo.shapes import raters
-from dspo.shapes.gold import GoldScore
+
+SEEN = (*HEADS, "saturation", "object_size")  # what a rater sees of a picture, as the gold judge measured it
+
+# Rated pictures. The scores stand beside the pictures so that simulating the raters takes seconds.
+PICTURES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("caption", pa.string()),
+        ("sample_index", pa.int32()),
+        ("source", pa.string()),  # "base": a sample of the base model; "other"
+        ("image", pa.binary()),  # JPEG
+        *((f"gold_{name}", pa.float64()) for name in SEEN),  # in [0, 1]
+    ]
+)
 
 
 @dataclass(frozen=True)
 class RatedImage:
-    """A picture that raters look at; ``source`` is "base" for the base model's own samples, else "other"."""
+    """A picture that raters look at: a row of PICTURES."""
 
     prompt_id: str
     caption: str
-    image: bytes
-    source: str
     sample_index: int
-    gold: GoldScore
+    source: str
+    image: bytes
+    gold: dict[str, float]  # by the names of SEEN
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,18 @@ class RatedPair:
     @property
     def source(self) -> str:
         return "base" if self.first.source == self.second.source == "base" else "other"
+
+
+def read_pictures(path: Path) -> list[RatedImage]:
+    """Raises :class:`UserError` if the file is missing, damaged, lacks a column, or a score is not in [0, 1]."""
+    images = []
+    for number, row in enumerate(read_table(path, PICTURES.names).to_pylist(), start=1):
+        gold = {name: row.pop(f"gold_{name}") for name in SEEN}
+        for name, score in gold.items():
+            if score is None or not 0 <= score <= 1:
+                raise UserError(f"{path}, row {number}: gold_{name} is {score}, expected a score in [0, 1]")
+        images.append(RatedImage(**row, gold=gold))
+    return images
 
 
 def make_pairs(images: Sequence[RatedImage], seed: int) -> list[RatedPair]:
@@ -92,4 +120,4 @@ def _vote(pairs: Sequence[RatedPair], params: RatingParams, votes: int, seed: in
 
 
 def _gold(pairs: Sequence[RatedPair], side: int, name: str) -> raters.Array:
-    return np.array([getattr((pair.first, pair.second)[side].gold, name) for pair in pairs], dtype=np.float64)
+    return np.array([(pair.first, pair.second)[side].gold[name] for pair in pairs], dtype=np.float64)

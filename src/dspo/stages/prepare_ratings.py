@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dspo import environment
 from dspo.data.files import write_json
-from dspo.data.images import open_parquet, read_table, table_writer, write_table
+from dspo.data.images import open_parquet, table_writer, write_table
 from dspo.data.rating_index import RatingIndex
 from dspo.data.ratings import SUMMARY_COLUMNS, summarise
 from dspo.data.readers import read_comparisons
@@ -21,13 +20,11 @@ from dspo.data.records import RATINGS
 from dspo.data.splits import SPLITS, split_of
 from dspo.errors import UserError
 from dspo.params import RatingParams, load_params
-from dspo.shapes.judging import judge_all
 from dspo.shapes.raters import bayes_macro_f1
-from dspo.shapes.ratings import RatedImage, make_pairs, rate
+from dspo.shapes.ratings import make_pairs, rate, read_pictures
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
 
-RATED_IMAGES = ("prompt_id", "caption", "image", "source", "sample_index")
 ROWS_PER_PART = 128
 PARTS_PER_LINE = 100  # of the log
 
@@ -50,22 +47,15 @@ def main(argv: list[str]) -> None:
 
 
 def _from_shapes(source: Path, folder: Path, section: RatingParams, seed: int) -> dict[str, Any]:
-    rows = read_table(source, RATED_IMAGES).to_pylist()
-    where = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
-    images, captions = [row["image"] for row in rows], [row["caption"] for row in rows]
-    scores = judge_all(images, captions, where, environment.processes())
-    tables = rate(
-        make_pairs([RatedImage(**row, gold=gold) for row, gold in zip(rows, scores, strict=True)], seed), section, seed
-    )
+    pictures = read_pictures(source)
+    tables = rate(make_pairs(pictures, seed), section, seed)
     for split, table in tables.items():
         write_table(table, folder / f"{split}.parquet")
     test = tables["test"].select(SUMMARY_COLUMNS)
     base = test.filter(pa.array(np.asarray(test["source"]) == "base"))
     return {split: summarise(table) for split, table in tables.items()} | {
         "bayes_macro_f1": bayes_macro_f1(base["p_first"].to_numpy(), base["label_0"].to_numpy()),
-        "gold_std": float(
-            np.std([gold.overall for row, gold in zip(rows, scores, strict=True) if row["source"] == "base"])
-        ),
+        "gold_std": float(np.std([picture.gold["overall"] for picture in pictures if picture.source == "base"])),
     }
 
 

@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from dspo.data.files import write_json
-from dspo.data.images import read_table, write_table
+from dspo.data.images import write_table
 from dspo.data.keys import keyed_seed, keyed_uniform
 from dspo.data.prompts import read_prompts
 from dspo.data.records import GOLD, PROXY
 from dspo.diffusion.base import local_files
-from dspo.environment import device, processes
+from dspo.environment import device
 from dspo.evaluation.compare import over_optimised, worse
 from dspo.evaluation.judges import SECOND, Judges
 from dspo.evaluation.statistics import win_rate
@@ -38,14 +38,12 @@ from dspo.reward.dataset import Stems, read_ratings
 from dspo.reward.model import build_model
 from dspo.reward.report import fit_temperatures
 from dspo.reward.training import score_differences, train_reward
-from dspo.shapes.judging import judge_all
-from dspo.shapes.ratings import RatedImage, RatedPair, make_pairs, rate
+from dspo.shapes.ratings import RatedPair, make_pairs, rate, read_pictures
 from dspo.shapes.second import SecondJudge
 from dspo.stages.runner import run
 from dspo.studies.common import fresh_prompts, study_folder
 from dspo.studies.trials import PromptSet, Recipe, Trials
 
-RATED_IMAGES = ("prompt_id", "caption", "image", "source", "sample_index")
 COUNTS = (100, 1000, 0)  # rated pairs; 0: all
 LOSSES: tuple[LossName, ...] = ("dpo", "dspo")
 STRENGTHS = (1.0, 3.0, 10.0)  # times the world's learning rate
@@ -79,7 +77,7 @@ def main(argv: list[str]) -> None:
     prompts = fresh_prompts(args.prompts_judged, known, params.seed, "overopt")
     fresh = PromptSet("fresh", prompts, args.images, keyed_seed(params.seed, "overopt"))
 
-    rated = rated_pairs(args.rated, params.seed)
+    rated = make_pairs(read_pictures(args.rated), params.seed)
     rows = []
     for count, taste in product(args.counts, (0.0, args.taste)):
         raters = Raters(count, taste)
@@ -108,14 +106,6 @@ def main(argv: list[str]) -> None:
     write_json(report, args.output / "overopt.json")
     flat = [_flat(row) for row in rows]
     write_csv(flat, list(flat[0]), args.output / "overopt.csv")
-
-
-def rated_pairs(path: Path, seed: int) -> list[RatedPair]:
-    """The pairs that raters look at, each picture with its gold score."""
-    rows = read_table(path, RATED_IMAGES).to_pylist()
-    where = [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
-    scores = judge_all([row["image"] for row in rows], [row["caption"] for row in rows], where, processes())
-    return make_pairs([RatedImage(**row, gold=gold) for row, gold in zip(rows, scores, strict=True)], seed)
 
 
 def reward_of(raters: Raters, rated: list[RatedPair], params: Params, folder: Path) -> RewardScorer:
