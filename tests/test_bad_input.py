@@ -151,7 +151,9 @@ def test_shard_damaged_inside(fails):
 
 def test_shard_of_another_layout(fails):
     pq.write_table(pa.table({"text": ["a"]}), "rated.parquet")
-    assert "rated.parquet: no column prompt_id, caption, sample_index" in fails(prepare_ratings, "--input", "rated.parquet")
+    assert "rated.parquet: no column prompt_id, caption, sample_index" in fails(
+        prepare_ratings, "--input", "rated.parquet"
+    )
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.1, math.nan, None])
