@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dspo.data.images import encode_png
+from dspo.data.images import write_table
 from dspo.data.keys import prompt_id
+from dspo.data.prompts import Prompt
 from dspo.data.records import HEADS
 from dspo.environment import processes
 from dspo.params import RatingParams
 from dspo.shapes.grammar import random_request
 from dspo.shapes.judging import judge_all
-from dspo.shapes.ratings import SEEN, RatedImage, make_pairs, rate, read_pictures
+from dspo.shapes.make_rated import judged
+from dspo.shapes.ratings import SEEN, make_pairs, rate, read_pictures
 from dspo.shapes.render import random_scene, render
 
 SHIPPED = Path(__file__).parents[1] / "data/raw/shapes-rated.parquet"
@@ -29,25 +31,21 @@ PARAMS = RatingParams(
 
 
 @pytest.fixture(scope="module")
-def rated():
+def rated(tmp_path_factory):
     rng = np.random.default_rng(0)
-    images = []
+    rows = []
     for _ in range(8):
         request = random_request(rng)
-        for index in range(3):
-            image = render(random_scene(request, rng)) // (index + 1)
-            score = judge_all([image], [request.prompt()], ["here"], 1)[0]
-            gold = {name: getattr(score, name) for name in SEEN}
-            source = "other" if index == 2 else "base"
-            images.append(
-                RatedImage(prompt_id(request.prompt()), request.prompt(), index, source, encode_png(image), gold)
-            )
-    return images
+        prompt = Prompt(prompt_id(request.prompt()), request.prompt(), 1.0)
+        for index, source in enumerate(("base", "base", "other")):
+            rows.append((prompt, index, source, render(random_scene(request, rng)) // (index + 1)))
+    path = tmp_path_factory.mktemp("rated") / "rated.parquet"
+    write_table(judged(rows), path)
+    return read_pictures(path)
 
 
-def test_shipped_scores_are_the_gold_judges():
-    """On every 80th picture, by the renderer and the judge of today."""
-    pictures = read_pictures(SHIPPED)[::80]
+def test_scores_are_the_gold_judges(rated):
+    pictures = rated + read_pictures(SHIPPED)[::80]
     captions = [picture.caption for picture in pictures]
     scores = judge_all([picture.image for picture in pictures], captions, captions, processes())
     told = [[picture.gold[name] for name in SEEN] for picture in pictures]

@@ -89,13 +89,13 @@ def main() -> None:
     rows += [(p, BASE_SAMPLES, "other", other_picture(p.text, args.seed)) for p in prompts]
     rows.sort(key=lambda row: (row[0].id, row[1]))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_table(judged(rows, processes()), args.output)
+    write_table(judged(rows), args.output)
 
 
-def judged(rows: Sequence[tuple[Prompt, int, str, Pixels]], processes: int) -> pa.Table:
+def judged(rows: Sequence[tuple[Prompt, int, str, Pixels]]) -> pa.Table:
     """PICTURES of prompt, sample index, source and image; judged as raters see them, after the JPEG."""
     images, captions = [encode_jpeg(row[3]) for row in rows], [row[0].text for row in rows]
-    scores = judge_all(images, captions, [f"picture of {caption!r}" for caption in captions], processes)
+    scores = judge_all(images, captions, [f"picture of {caption!r}" for caption in captions], processes())
     columns: dict[str, object] = {
         "prompt_id": [row[0].id for row in rows],
         "caption": captions,
