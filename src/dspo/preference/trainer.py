@@ -107,7 +107,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     state = resume(adapter, optimizer, params, folder)
     if not state.epochs:
-        state.epochs.append(check(method, state, held_out, params, seed, reward_check))
+        state.epochs.append(check(method, references, state, held_out, params, seed, reward_check))
     unread: list[Step] = []
     epoch_batches: list[list[int]] = []
 
@@ -159,7 +159,7 @@ def train(
                 read(unread, schedule.n_timesteps, state.log, folder / LOG)
                 unread.clear()
                 if epoch_ends:
-                    state.epochs.append(check(method, state, held_out, params, seed, reward_check))
+                    state.epochs.append(check(method, references, state, held_out, params, seed, reward_check))
                     keep_best(state, adapter)
                     logger.info("train %s", told(state.epochs[-1]))
                 state.adapter, state.optimizer = on_host(adapter.parameters), optimizer.state_dict()
@@ -247,6 +247,7 @@ def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainPara
 
 def check(
     method: Method,
+    references: References,
     state: TrainingState,
     held_out: Pairs,
     params: TrainParams,
@@ -256,7 +257,8 @@ def check(
     """Held-out pairs, and images of the adapter: of its moving average, where there is one."""
     adapter = method.adapter
     with adapter.holding(state.ema) if state.ema is not None else nullcontext():
-        row: Row = {"epoch": len(state.epochs), "step": state.step, **held_out_row(method, held_out, params, seed)}
+        row: Row = {"epoch": len(state.epochs), "step": state.step}
+        row |= held_out_row(method, references, held_out, params, seed)
         assert row["loss"] is not None
         check_finite("loss on held-out pairs", row["loss"], state.step)
         row["reward"] = None if reward_check is None else reward_check(adapter.unet)
@@ -264,12 +266,16 @@ def check(
 
 
 @torch.no_grad()
-def held_out_row(method: Method, pairs: Pairs, params: TrainParams, seed: int) -> Row:
+def held_out_row(method: Method, references: References, pairs: Pairs, params: TrainParams, seed: int) -> Row:
     """Loss and diagnostics on fixed noise and timesteps, four per pair."""
     n_timesteps = method.schedule.n_timesteps
     draws = held_out_draws(pairs, seed, n_timesteps)
     batches = batches_alike(draws, params.batch_size, lambda draw: pairs.latent_size(draw.row))
-    parts = [method.losses(method.batch(pairs, batch), EVERYTHING)[1] for batch in distributed.share(batches)]
+    parts = []
+    for number, drawn in distributed.share(enumerate(batches)):
+        batch = method.batch(pairs, drawn)
+        reference = references.of(("held out", number), method.adapter, batch)
+        parts.append(method.losses(batch, EVERYTHING, reference)[1])
     columns = joined(merged(parts))
     return {"loss": columns["loss"].mean().item(), **summary(columns, n_timesteps)}
 
