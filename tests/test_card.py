@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from test_report import DATA, GOOD, REWARD, ROOT, TRAINING, project, report
+from test_report import BACKBONE, DATA, GOOD, REWARD, ROOT, TRAINING, project, report
 from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
 
 from dspo.params import Params, load_params
@@ -35,7 +35,7 @@ def run(params: Params = SHIPPED, **more: object) -> Run:
     made = Run(
         params=params,
         results=GOOD,
-        summary=summarise(GOOD, REWARD, TRAINING, None),
+        summary=summarise(GOOD, REWARD, BACKBONE, TRAINING, None),
         reward=REWARD,
         training=TRAINING,
         **DATA,
@@ -55,7 +55,7 @@ def sdxl(**sections: dict[str, object]) -> Run:
     results["verdict"]["over_optimised"] = None
     unknown = {**REWARD, "base": REWARD["base"] | {"ceiling_macro_f1": None}, "ceiling_macro_f1": None}
     ratings = DATA["ratings"] | {"left_out": {"repeated": 3, "leaking": 4}}
-    summary = summarise(results, unknown, TRAINING, None)
+    summary = summarise(results, unknown, BACKBONE, TRAINING, None)
     return run(changed("sdxl", **sections), results=results, summary=summary, reward=unknown, ratings=ratings)
 
 
@@ -97,7 +97,7 @@ def test_the_card_owns_up() -> None:
     results["verdict"]["over_optimised"] = True
     results["tuned_against_base"]["fully_right"]["difference"]["low"] = -0.01
     params = changed(train={"random_labels": True})
-    card = model_card(run(params, results=results, summary=summarise(results, REWARD, TRAINING, None)))
+    card = model_card(run(params, results=results, summary=summarise(results, REWARD, BACKBONE, TRAINING, None)))
     assert "Short of its bound: fully right, lower end of its interval is -0.010, > 0 was aimed at." in card
     assert "**Over-optimised**" in card
     assert "| control | random labels" in card

@@ -77,6 +77,7 @@ def test_from_parameters_to_the_page(
 def report(evaluation: Path, folder: Path, params: Path) -> str:
     """The page of an evaluation, with the other stages' outputs of the report's own tests."""
     write_json(test_report.REWARD, folder / "reward" / "report.json")
+    write_json({"backbone_sha256": test_report.BACKBONE}, folder / "reward" / "config.json")
     columns = ("train_loss", *(f"validation_{n}_{k}" for n in ("nll", "accuracy") for k in ("raw", "ema")))
     pd.DataFrame({"epoch": [1, 2]} | {name: [2.0, 1.0] for name in columns}).to_csv(folder / "reward" / "curve.csv")
     write_json(test_report.TRAINING, folder / "training" / "metrics.json")

@@ -104,6 +104,7 @@ PART = {
 }
 OTHER = PART | {"macro_f1": 0.88, "ceiling_macro_f1": 0.95}
 REWARD: Json = {**OTHER, "base": PART, "other": OTHER, "heads": {"overall": PART, "detail": "untrained"}}
+BACKBONE = "3bd9"  # its sha256
 TRAINING = {"train_loss": 0.1, "steps": 200, "pairs": 300, "held_out_pairs": 30, "best_epoch": 1, "margin": None}
 TRAINING |= {"held_out_loss": 0.1, "implicit_accuracy": None, "u_std": 1.0, "reward_base": 1.0, "reward": 1.2}
 GOOD = results(rate(0.75, 0.7, 0.8))
@@ -116,6 +117,7 @@ DATA: Json = {
 CONTEST = {"first": "dspo", "second": "sft", **rate(0.6, 0.5, 0.7), "separable": True}
 FILES: Json = {
     "ablation": {
+        "backbone_sha256": BACKBONE,
         "full_macro_f1": 0.85,
         "plain_head_macro_f1": 0.8,
         "ceiling_macro_f1": 0.9,
@@ -225,6 +227,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(GOOD, root / "evaluation" / "results.json")
     (root / "evaluation" / "win_rates.csv").write_text("comparison,judge,win_rate\n")
     write_json(REWARD, root / "reward" / "report.json")
+    write_json({"backbone_sha256": BACKBONE}, root / "reward" / "config.json")
     curve = {"epoch": [1, 2], "train_loss": [2.0, 1.0]}
     curve |= {f"validation_{name}_{kind}": [0.6, 0.5] for name in ("nll", "accuracy") for kind in ("raw", "ema")}
     pd.DataFrame(curve).to_csv(root / "reward" / "curve.csv", index=False)
@@ -299,7 +302,7 @@ def test_without_a_gold_judge_its_figures_are_null_and_nothing_is_gated() -> Non
     del tuned["win_rates"]["gold_overall"]
     tuned["fully_right"] = tuned["diversity"]["among_fully_right"] = None
     unknown = PART | {"ceiling_macro_f1": None}
-    summary = summarise(result, OTHER | {"base": unknown}, TRAINING, None)
+    summary = summarise(result, OTHER | {"base": unknown}, BACKBONE, TRAINING, None)
     assert summary["evaluation"]["gold"] is summary["evaluation"]["fully_right"] is None
     assert summary["evaluation"]["diversity_ratio"] is summary["reward_model"]["plain_head_macro_f1"] is None
     assert summary["reward_model"]["macro_f1"] == OTHER["macro_f1"]
@@ -307,7 +310,7 @@ def test_without_a_gold_judge_its_figures_are_null_and_nothing_is_gated() -> Non
     assert "its own training reward, the only judge" in verdict(result)
 
 
-GOOD_SUMMARY = summarise(GOOD, REWARD, TRAINING, None)
+GOOD_SUMMARY = summarise(GOOD, REWARD, BACKBONE, TRAINING, None)
 
 
 @pytest.mark.parametrize(
@@ -373,11 +376,14 @@ def test_bounds_known_to_be_missed_are_excused_by_name(tmp_path: Path, capsys: p
     assert "no such bound: no such" in capsys.readouterr().err
 
 
-def test_a_plain_head_of_other_ratings_is_no_figure_of_these() -> None:
-    ablation = {**{name: PART[name] for name in SAME_RATINGS}, "plain_head_macro_f1": 0.7}
-    assert summarise(GOOD, REWARD, TRAINING, ablation)["reward_model"]["plain_head_macro_f1"] == 0.7
-    ablation["n_pairs"] += 1
-    assert summarise(GOOD, REWARD, TRAINING, ablation)["reward_model"]["plain_head_macro_f1"] is None
+def test_a_plain_head_of_other_ratings_or_another_backbone_is_no_figure_of_these() -> None:
+    def shown(ablation: Json) -> float | None:
+        return summarise(GOOD, REWARD, BACKBONE, TRAINING, ablation)["reward_model"]["plain_head_macro_f1"]
+
+    ablation = {name: PART[name] for name in SAME_RATINGS} | {"backbone_sha256": BACKBONE, "plain_head_macro_f1": 0.7}
+    assert shown(ablation) == 0.7
+    assert shown(ablation | {"n_pairs": PART["n_pairs"] + 1}) is None
+    assert shown(ablation | {"backbone_sha256": "another"}) is None
 
 
 @pytest.mark.parametrize(

@@ -53,4 +53,6 @@ def test_the_ablation_writes_its_table(command: list[str], tmp_path: Path, monke
     reward_ablation.main([*command, "--output", str(tmp_path / "reports")])
     report = read_json(tmp_path / "reports" / "ablation.json")
     assert len(report["rows"]) == 8 and 0 <= report["plain_head_macro_f1"] <= 1
+    main([*command, "--output", str(tmp_path / "reward")])
+    assert report["backbone_sha256"] == read_json(tmp_path / "reward" / "config.json")["backbone_sha256"]
     assert "| plain head |" in (tmp_path / "reports" / "ablation.md").read_text(encoding="utf-8")

@@ -9,11 +9,14 @@ Json = Mapping[str, Any]
 SAME_RATINGS = ("n_pairs", "ceiling_macro_f1")
 
 
-def summarise(results: Json, reward_report: Json, training: Json, ablation: Json | None) -> dict[str, Any]:
+def summarise(
+    results: Json, reward_report: Json, backbone: str, training: Json, ablation: Json | None
+) -> dict[str, Any]:
     """What ``reports/summary.json`` holds. ``None`` where the world has no gold judge or the study was not run.
 
-    ``results``: of the stage evaluate; ``reward_report``: of train_reward; ``training``: metrics.json of train;
-    ``ablation``: the committed reports/studies/ablation.json; its plain head counts where it saw the same ratings.
+    ``results``: of the stage evaluate; ``reward_report``: of train_reward; ``backbone``: sha256 of the reward model's;
+    ``training``: metrics.json of train; ``ablation``: the committed reports/studies/ablation.json; its plain head
+    counts where it stood on the same backbone and saw the same ratings.
     """
     tuned = results["tuned_against_base"]
     reward = judged_part(reward_report)
@@ -35,15 +38,17 @@ def summarise(results: Json, reward_report: Json, training: Json, ablation: Json
             "constant_f1": reward["constant_f1"],
             "n_pairs": reward["n_pairs"],
             "n_prompts": reward["n_prompts"],
-            "plain_head_macro_f1": plain_head(reward, ablation),
+            "plain_head_macro_f1": plain_head(reward, backbone, ablation),
         },
         "train": {"loss": training["train_loss"], "steps": training["steps"], "pairs": training["pairs"]},
     }
 
 
-def plain_head(reward: Json, ablation: Json | None) -> float | None:
-    """Macro-F1 of the ablation's plain head; None where the ablation is missing or was judged on other ratings."""
-    if ablation is None or any(ablation[name] != reward[name] for name in SAME_RATINGS):
+def plain_head(reward: Json, backbone: str, ablation: Json | None) -> float | None:
+    """Macro-F1 of the ablation's plain head; None where the ablation is missing, of another backbone or ratings."""
+    if ablation is None or ablation["backbone_sha256"] != backbone:
+        return None
+    if any(ablation[name] != reward[name] for name in SAME_RATINGS):
         return None
     figure: float = ablation["plain_head_macro_f1"]
     return figure

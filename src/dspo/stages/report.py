@@ -43,9 +43,10 @@ def main(argv: list[str]) -> None:
     scratch = open_scratch("report", params.model_dump(mode="json"), [*inputs, *committed.values()])
 
     results, reward = read_json(paths.evaluation / "results.json"), read_json(paths.reward / "report.json")
+    backbone = read_json(paths.reward / "config.json")["backbone_sha256"]
     training = read_json(paths.training / "metrics.json")
     studies = {name: read_json(path) for name, path in committed.items()}
-    summary = summarise(results, reward, training, studies.get("ablation"))
+    summary = summarise(results, reward, backbone, training, studies.get("ablation"))
     base, tuned = (pd.DataFrame(read_table(paths.evaluation / f"{x}.parquet").to_pydict()) for x in ("base", "tuned"))
     rates = results["tuned_against_base"]["win_rates"]
     judge = main_judge(rates)

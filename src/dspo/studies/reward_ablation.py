@@ -13,7 +13,7 @@ from dspo.data.files import whole_file, write_json
 from dspo.environment import device
 from dspo.params import RewardParams, load_params
 from dspo.reward.ablation import LR_FACTORS, Trial, ablation_report, markdown, run_trial, variants
-from dspo.reward.backbone import local_files
+from dspo.reward.backbone import local_files, weights_sha256
 from dspo.reward.dataset import Stems, read_ratings
 from dspo.reward.model import build_model
 from dspo.stages.atomic import open_scratch
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             _trial(scratch.path / f"{name}-{factor:g}.npz", _at_rate(variant, factor), stems, params.seed)
             for factor in LR_FACTORS
         ]
-    report = ablation_report(trials, splits["test"], params.seed)
+    report = {"backbone_sha256": weights_sha256(backbone.clip), **ablation_report(trials, splits["test"], params.seed)}
     write_json(report, scratch.path / "ablation.json")
     (scratch.path / "ablation.md").write_text(markdown(report), encoding="utf-8")
     scratch.publish({name: paths.output / name for name in ("ablation.json", "ablation.md")})
