@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from dspo.errors import UserError
-from dspo.shapes.analysis import oklab
+from dspo.shapes.analysis import analyse, oklab
 from dspo.shapes.defects import KINDS, spoil
 from dspo.shapes.described import caption, describe
 from dspo.shapes.gold import judge
@@ -29,7 +30,7 @@ from dspo.shapes.grammar import (
     parse,
     random_request,
 )
-from dspo.shapes.probes import PATCH, patch_colours, patch_contents, patch_texture
+from dspo.shapes.probes import PATCH, patch_colours, patch_contents, patch_measures, patch_texture
 from dspo.shapes.render import (
     PALETTE,
     SHADE,
@@ -366,3 +367,21 @@ def test_the_colour_of_a_patch_is_that_of_all_its_object_without_edge_and_shade(
     assert colours[0] == pytest.approx(10 * oklab(PALETTE["blue"]), abs=1e-3)
     thin = Scene((Object("ring", "red", "solid", 20.0, 44.0, 1.8),), "blue")  # edge all over
     assert np.isnan(patch_colours(render_float(thin), thin)[at]).all()
+
+
+def test_the_measures_of_a_patch_are_those_of_its_object_and_of_the_ground() -> None:
+    scene = Scene((Object("circle", "red", "striped", 20.0, 44.0, 10.0),), "blue")
+    picture, rng = render_float(scene), np.random.default_rng(0)
+    noisy = picture + rng.normal(0, 0.03, picture.shape)
+    soft = ndimage.gaussian_filter(picture, (1.0, 1.0, 0.0))
+    clean, noisy, soft = (patch_measures(analyse(to_pixels(p.clip(0, 1))), scene) for p in (picture, noisy, soft))
+    at, shapes, patterns = (44 // 8) * 8 + 20 // 8, len(SHAPES), len(PATTERNS)
+    assert clean[at, :shapes].argmax() == SHAPES.index("circle")
+    assert clean[at, shapes : shapes + patterns].argmax() == PATTERNS.index("striped")
+    edge, unevenness, ground_noise, halo, _ = range(shapes + patterns, clean.shape[1])
+    assert clean[at, edge] == pytest.approx(0, abs=0.2) and soft[at, edge] > clean[at, edge] + 0.5
+    for measure in (unevenness, ground_noise):
+        assert noisy[at, measure] > clean[at, measure] + 0.1
+    assert soft[at, halo] > clean[at, halo] + 0.1
+    assert np.isnan(clean[7, : shapes + patterns + 2]).all()  # a patch of the ground
+    np.testing.assert_array_equal(clean[7, ground_noise:], clean[at, ground_noise:])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dspo.shapes.analysis import Array, SeenObject, analyse, oklab
+from dspo.shapes.analysis import Analysis, Array, SeenObject, analyse, oklab
 from dspo.shapes.grammar import POSITIONS, ObjectRequest, Request
 from dspo.shapes.render import PALETTE, SIZE_BOUNDARY, Object, Scene
 
@@ -31,6 +31,7 @@ _PALETTE_LAB = {name: oklab(rgb) for name, rgb in PALETTE.items()}
 class Description:
     """The nearest scene of the grammar, and what of it is beyond doubt."""
 
+    seen: Analysis
     scene: Scene
     sure: tuple[ObjectRequest | None, ...]  # of each object; None where its shape is in doubt
     sure_background: str | None
@@ -45,7 +46,7 @@ def describe(picture: NDArray[np.uint8]) -> Description | None:
         Object(o.shape, _nearest_colour(o.colour)[0], _best(o.pattern), o.x, o.y, o.radius) for o in seen.objects
     )
     background, sure_background = _nearest_colour(seen.ground)
-    return Description(Scene(objects, background), tuple(map(_sure, seen.objects)), sure_background)
+    return Description(seen, Scene(objects, background), tuple(map(_sure, seen.objects)), sure_background)
 
 
 def caption(shown: Description, rng: np.random.Generator) -> Request | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dspo.shapes.analysis import oklab
+from dspo.shapes.analysis import Analysis, oklab
 from dspo.shapes.grammar import COLOURS, PATTERNS, SHAPES
 from dspo.shapes.render import PALETTE, SIDE, Scene, coverage, render_float
 
@@ -17,6 +17,7 @@ PATCHES = SIDE // PATCH
 _CLASSES = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS))
 _ORIENTATIONS = 8
 TEXTURES = 6 + _ORIENTATIONS
+MEASURES = len(SHAPES) + len(PATTERNS) + 5
 
 
 def patch_contents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +50,30 @@ def patch_colours(picture: np.ndarray, scene: Scene) -> np.ndarray:
     means = np.array([lab[where].mean(axis=0) if where.any() else np.full(3, np.nan) for where in plain])
     owner, covered = _owners(covers)
     return np.asarray(np.where(covered, means[owner], means[-1]), dtype=np.float32)
+
+
+def patch_measures(seen: Analysis, scene: Scene) -> np.ndarray:
+    """What the analysis measures on the object that each patch shows, and on the ground, float32 [64, MEASURES].
+
+    Of an object: overlap with the outline of each shape, likeness of each pattern, width of the edge, unevenness; NaN
+    on the ground. Of the picture, on all patches: noise of the ground, halo, what is unexplained. Scaled to order 1.
+    """
+    owner, covered = _owners(_covers(scene))
+    of_object = np.array(
+        [
+            [
+                *(10 * (o.overlap[shape] - 0.8) for shape in SHAPES),
+                *(4 * o.pattern[pattern] for pattern in PATTERNS),
+                2 * np.log(max(o.edge_width, 0.1)),
+                10 * o.unevenness,
+            ]
+            for o in seen.objects
+        ]
+    )
+    of_picture = np.array([20 * seen.ground_noise, 20 * seen.halo, 50 * seen.unexplained])
+    rows = np.where(covered, of_object[owner], np.nan)
+    rows = np.concatenate([rows, np.broadcast_to(of_picture, (len(rows), len(of_picture)))], axis=1)
+    return np.asarray(rows.clip(-4, 4), dtype=np.float32)
 
 
 def _covers(scene: Scene) -> np.ndarray:

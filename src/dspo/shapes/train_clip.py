@@ -39,11 +39,13 @@ from dspo.diffusion.base import load_pipeline
 from dspo.diffusion.sampling import SampleRequest, sample
 from dspo.params import BaseModelParams, SamplerParams
 from dspo.progress import progress
+from dspo.shapes.analysis import Analysis
 from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
 from dspo.shapes.defects import Picture, spoil
 from dspo.shapes.described import caption, describe
 from dspo.shapes.grammar import Request, confused_request, random_request, wrong_request
 from dspo.shapes.probes import (
+    MEASURES,
     PATCH,
     PATCHES,
     TEXTURES,
@@ -51,6 +53,7 @@ from dspo.shapes.probes import (
     patch_colours,
     patch_contents,
     patch_damage,
+    patch_measures,
     patch_texture,
 )
 from dspo.shapes.render import SIDE, Scene, random_scene, render_float
@@ -69,7 +72,6 @@ TELLINGS = 4  # captions of each picture; which one is taken is drawn anew each 
 MORE_TWO_OBJECTS = 0.3  # share of the requests that are drawn for two objects alone: they are the hard ones
 MORE_FAULTS = (("fade", 0.2, (0.1, 0.8)), ("blotch", 0.2, (0.15, 1.0)), ("warp", 0.25, (0.05, 0.5)))
 GHOST_SHARE = 0.2
-NOISE = 0.03  # standard deviation of the pixel noise in training, so that decoded samples look familiar
 
 
 def model_config(vocabulary: int) -> dict[str, object]:
@@ -77,7 +79,7 @@ def model_config(vocabulary: int) -> dict[str, object]:
     text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 96, "heads": 4, "layers": 3}
     return {
         "embed_dim": 96,
-        "vision_cfg": {"image_size": SIDE, "patch_size": PATCH, "width": 128, "layers": 5, "head_width": 32},
+        "vision_cfg": {"image_size": SIDE, "patch_size": PATCH, "width": 128, "layers": 6, "head_width": 32},
         "text_cfg": {**text, "hf_tokenizer_name": "local"},
     }
 
@@ -90,6 +92,7 @@ class Captioned:
     captions: list[tuple[str, str, str]]  # TELLINGS of them: each a true one and two wrong ones
     scene: Scene
     faults: tuple[float, ...]  # strengths of FAULTS; NaN where they are not known
+    seen: Analysis | None  # None: not analysed
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Pictures:
     places: Tensor  # [N, 64, 3]
     colours: Tensor  # [N, 64, 3], as patch_colours has them
     damage: Tensor  # [N, 64] how far each patch is from a clean render
+    measures: Tensor  # [N, 64, MEASURES], as patch_measures has them; NaN where the picture was not analysed
     faults: Tensor  # [N, len(FAULTS)]
 
 
@@ -113,7 +117,7 @@ def web_pictures(seed: int) -> Iterator[Captioned]:
         pixels = np.round(with_more_faults(picture.pixels, rng) * 255).astype(np.uint8)
         rng = keyed_rng(seed, "clip-caption", i)
         captions = [captions_of(request, picture.words, rng) for _ in range(TELLINGS)]
-        yield Captioned(pixels, captions, picture.scene, picture.strengths)
+        yield Captioned(pixels, captions, picture.scene, picture.strengths, None)
 
 
 def sampled_pictures(base: Path, indices: range, seed: int) -> Iterator[Captioned]:
@@ -132,7 +136,7 @@ def sampled_pictures(base: Path, indices: range, seed: int) -> Iterator[Captione
             told = [caption(shown, rng) for _ in range(TELLINGS)] if shown else []
             captions = [captions_of(request, None, rng) for request in told if request]
             if shown and captions:
-                yield Captioned(pixels, captions, shown.scene, (np.nan,) * len(FAULTS))
+                yield Captioned(pixels, captions, shown.scene, (np.nan,) * len(FAULTS), shown.seen)
 
 
 def pictures(base: Path, kept: Path, seed: int) -> Pictures:
@@ -146,7 +150,8 @@ def pictures(base: Path, kept: Path, seed: int) -> Pictures:
 
 def as_tensors(pictures: Iterable[Captioned]) -> Pictures:
     tokenizer = new_tokenizer(QUALITY_WORDS)
-    images, captions, classes, places, colours, damage, faults = [], [], [], [], [], [], []
+    images, captions, classes, places, colours, damage, measures, faults = [], [], [], [], [], [], [], []
+    unknown = np.full((PATCHES**2, MEASURES), np.nan, np.float32)
     for picture in pictures:
         what, where = patch_contents(picture.scene)
         images.append(picture.pixels)
@@ -157,6 +162,7 @@ def as_tensors(pictures: Iterable[Captioned]) -> Pictures:
         places.append(where)
         colours.append(patch_colours(picture.pixels / 255, picture.scene))
         damage.append(patch_damage(picture.pixels / 255, render_float(picture.scene)))
+        measures.append(patch_measures(picture.seen, picture.scene) if picture.seen else unknown)
         faults.append(picture.faults)
     return Pictures(
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
@@ -165,6 +171,7 @@ def as_tensors(pictures: Iterable[Captioned]) -> Pictures:
         places=torch.from_numpy(np.stack(places)),
         colours=torch.from_numpy(np.stack(colours)),
         damage=torch.from_numpy(np.stack(damage)),
+        measures=torch.from_numpy(np.stack(measures)),
         faults=torch.tensor(faults),
     )
 
@@ -192,6 +199,7 @@ def mirrored(batch: Pictures, left: int, right: int) -> Pictures:
         places=across(batch.places) * torch.tensor([-1.0, 1.0, 1.0]),
         colours=across(batch.colours),
         damage=across(batch.damage),
+        measures=across(batch.measures),
         faults=batch.faults,
     )
 
@@ -246,14 +254,16 @@ class Probes(nn.Module):
         self.patch = PatchProbe(width)
         self.colour = nn.Linear(width, 3)
         self.damage = nn.Linear(width, 1)
+        self.measures = nn.Linear(width, MEASURES)
         self.texture = nn.Linear(width, TEXTURES)
         self.fault = nn.Linear(embed_dim, len(FAULTS))
 
     def loss(self, pooled: Tensor, patches: Tensor, batch: Pictures) -> Tensor:
-        """The loss of the patches' contents, and the absolute errors of damage, texture and the faults' strengths."""
+        """The loss of the patches' contents, and the absolute errors of all other readings."""
         texture = patch_texture(batch.images.float() / 255)
         errors: Tensor = (self.fault(pooled).float() - batch.faults).abs().nanmean()
         errors = errors + (self.colour(patches).float() - batch.colours).abs().nanmean()
+        errors = errors + 3 * (self.measures(patches).float() - batch.measures).abs().nanmean()
         for probe, truth in ((self.damage, batch.damage[..., None]), (self.texture, texture)):
             errors = errors + F.l1_loss(probe(patches).float(), truth)
         return self.patch.loss(patches, batch.classes, batch.places) + 4 * errors
@@ -286,11 +296,7 @@ def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr:
         batch = drawn(data, batch_size, rng)
         if rng.random() < 0.5:
             batch = mirrored(batch, left, right)
-        generator = torch.Generator().manual_seed(step)
         pixels = batch.images.float() / 255
-        pixels = pixels + NOISE * torch.rand(batch_size, 1, 1, 1, generator=generator) * torch.randn(
-            pixels.shape, generator=generator
-        )
         # The fused attention's backward pass is several times slower than the plain one in bfloat16 on a CPU.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             pooled, patches = model.visual(normalised(pixels))
