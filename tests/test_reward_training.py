@@ -256,6 +256,23 @@ def test_saved_and_loaded_scores_are_equal(
     assert scorer.score([], [], 4).shape == (0, 5)
 
 
+def test_a_score_is_the_mean_of_an_image_and_its_mirror_image(trained_folder: tuple[RewardModel, Path]) -> None:
+    scorer = load_reward(trained_folder[1], CPU)
+    images = list(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
+    flipped = [image[:, ::-1].copy() for image in images]
+    captions, exchanged = ["red left of blue"] * 4, ["red right of blue"] * 4
+    scores = scorer.score(images, captions, batch_size=4)
+    np.testing.assert_array_equal(scores, scorer.score(flipped, exchanged, batch_size=4))
+    backbone = scorer.model.backbone
+    with torch.inference_mode():
+        views = [
+            scorer.model(backbone.preprocess(seen), backbone.tokenize(said)).numpy()
+            for seen, said in ((images, captions), (flipped, exchanged))
+        ]
+    assert np.abs(views[0] - views[1]).max() > 1e-3
+    np.testing.assert_allclose(scores, (views[0] + views[1]) / 2, rtol=1e-6)
+
+
 def test_a_checkpoint_of_another_backbone_is_refused(trained_folder: tuple[RewardModel, Path], tmp_path: Path) -> None:
     folder = copy(trained_folder[1], tmp_path / "reward")
     config = read_json(folder / "config.json")

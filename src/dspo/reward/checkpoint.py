@@ -19,7 +19,7 @@ from dspo.data.images import Pixels
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.reward.backbone import weights_sha256
-from dspo.reward.dataset import autocast
+from dspo.reward.dataset import autocast, mirror_captions
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import Trained, load_weights
 
@@ -50,9 +50,19 @@ class RewardScorer:
         return self.temperatures["overall"]
 
     def score(self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int) -> NDArray[np.float32]:
-        """Scores [n, n_heads] of uint8 images [height, width, 3] for their captions; columns as ``heads``."""
+        """Scores [n, n_heads] of uint8 images [height, width, 3] for their captions; columns as ``heads``.
+
+        With ``reward.mirror`` the mean of what an image and its mirror image get.
+        """
         if not images:
             return np.zeros((0, len(self.heads)), dtype=np.float32)
+        straight = self._score(images, captions, batch_size)
+        if not self.model.mirror:
+            return straight
+        mirrored = self._score([image[:, ::-1] for image in images], mirror_captions(captions), batch_size)
+        return (straight + mirrored) * np.float32(0.5)
+
+    def _score(self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int) -> NDArray[np.float32]:
         backbone = self.model.backbone
         device = backbone.clip.logit_scale.device
         scores = []

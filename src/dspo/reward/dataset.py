@@ -4,6 +4,7 @@ import hashlib
 import mmap
 import re
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,9 +66,12 @@ class RatedPairs:
 
 def mirror_image(pairs: RatedPairs) -> RatedPairs:
     """The pairs seen in a mirror, "left" and "right" exchanged in their captions: people would vote as they did."""
+    return replace(pairs, captions=mirror_captions(pairs.captions), mirrored=True)
+
+
+def mirror_captions(captions: Sequence[str]) -> list[str]:
     exchanged = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    captions = [re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda found: exchanged[found[0]], text) for text in pairs.captions]
-    return replace(pairs, captions=captions, mirrored=True)
+    return [re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda found: exchanged[found[0]], text) for text in captions]
 
 
 def read_ratings(path: Path) -> RatedPairs:

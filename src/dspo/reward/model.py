@@ -22,6 +22,7 @@ class RewardModel(nn.Module):
     def __init__(self, backbone: Backbone, params: RewardParams) -> None:
         super().__init__()
         self.backbone = backbone
+        self.mirror = params.mirror  # a score is the mean of the image's and of its mirror image's
         self.heads = tuple(params.heads)
         prompted = [head for head in self.heads if head in PROMPTED_HEADS]
         free = [head for head in self.heads if head not in PROMPTED_HEADS]

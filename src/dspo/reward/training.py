@@ -231,7 +231,13 @@ def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]
 
 
 def score_differences(model: RewardModel, stems: Stems) -> Floats:
-    """Score of the first minus score of the second image, [n_pairs, n_heads]; every (image, caption) is scored once."""
+    """Score of the first minus score of the second image, [n_pairs, n_heads]; the mean of both views if ``mirror``."""
+    straight = view_differences(model, stems)
+    return (straight + view_differences(model, stems.mirrored)) / 2 if model.mirror else straight
+
+
+def view_differences(model: RewardModel, stems: Stems) -> Floats:
+    """As :func:`score_differences`, as the images stand; every (image, caption) is scored once."""
     n = len(stems.pairs)
     distinct, place = distinct_views(stems.pairs, np.arange(n))
     parts = (distinct[i : i + SCORE_BATCH] for i in range(0, len(distinct), SCORE_BATCH))
