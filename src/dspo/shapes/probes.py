@@ -64,7 +64,7 @@ def patch_measures(seen: Analysis, scene: Scene) -> np.ndarray:
             [
                 *(10 * (o.overlap[shape] - 0.8) for shape in SHAPES),
                 *(4 * o.pattern[pattern] for pattern in PATTERNS),
-                2 * np.log(max(o.edge_width, 0.1)),
+                4 * np.log(max(o.edge_width, 0.1)),
                 10 * o.unevenness,
             ]
             for o in seen.objects

@@ -377,7 +377,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the base model whose samples are looked at too")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=16_600)
+    parser.add_argument("--steps", type=int, default=25_000)
     parser.add_argument("--batch-size", type=int, default=160)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
