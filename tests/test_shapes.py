@@ -336,13 +336,17 @@ def test_what_is_told_of_a_mirrored_picture_is_true_of_the_mirrored_scene() -> N
     left, right = (tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in ("left", "right"))
     told = [[(request.prompt(),) * 3] * TELLINGS for request in REQUESTS]
     straight, turned = (
-        as_tensors(map(Captioned, map(render, scenes), told, scenes, [(0.0,) * len(FAULTS)] * len(scenes)))
+        as_tensors(
+            Captioned(render(scene), captions, scene, (0.0,) * len(FAULTS), analyse(render(scene)))
+            for scene, captions in zip(scenes, told, strict=True)
+        )
         for scenes in (SCENES, seen)
     )
     batch = mirrored(replace(straight, captions=straight.captions[:, 0]), left, right)
     assert (batch.images.int() - turned.images.int()).abs().max() <= 1
     for name in ("classes", "places", "colours", "damage"):
         torch.testing.assert_close(getattr(batch, name), getattr(turned, name))
+    torch.testing.assert_close(batch.measures, turned.measures, atol=0.25, rtol=0, equal_nan=True)
     for tokens, scene in zip(batch.captions[:, 0], seen, strict=True):
         assert is_true_of(parse(tokenizer.decode(tokens, skip_special_tokens=True)), scene)
 
