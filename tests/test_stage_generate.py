@@ -58,7 +58,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         {"scheduler": "ddim", "steps": 2, "guidance_scale": 3.0},
         {"scheduler": "euler", "steps": 2, "guidance_scale": 2.0},
     ]
-    world["score"] |= {"max_pairs_per_prompt": 2, "validation_share": 0.25, "batch_size": 4}
+    world["score"] |= {"max_pairs_per_prompt": 2, "validation_share": 0.25, "margin": 0.0, "batch_size": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
     write_split([Prompt(prompt_id(text), text, 0.5 + i) for i, text in enumerate(TEXTS)], folder / "train.csv")
     (folder / "reward").mkdir()
@@ -272,6 +272,21 @@ def test_margin_that_nothing_reaches_is_an_error(folder: Path) -> None:
     edit_params(margin=9.0)
     with pytest.raises(UserError, match=r"Lower score\.margin \(now 9\.0\)"):
         make_pairs()
+
+
+def test_shards_without_a_pair_are_passed_over(folder: Path) -> None:
+    def made(output: str) -> list[dict[str, Any]]:
+        folder = make_pairs(output)
+        return [row for split in ("train", "validation") for row in read_table(folder / f"{split}.parquet").to_pylist()]
+
+    def gap(row: dict[str, Any]) -> float:
+        return float(row["score_0_overall"] - row["score_1_overall"])
+
+    edit_params(weights={"overall": 1.0})
+    widest = max(made("all"), key=gap)
+    edit_params(margin=0.9999 * gap(widest))
+    assert [row["pair_id"] for row in made("one")] == [widest["pair_id"]]
+    assert len(list(Path("candidates").glob("*.parquet"))) > 2  # one at least holds neither of its images
 
 
 def test_no_candidates_is_an_error(folder: Path) -> None:

@@ -36,7 +36,7 @@ def test_every_parameter_has_one_optimizer() -> None:
     muon, adamw = train_clip.new_optimizers(model, probes, 1e-3)
     trained = [[p for group in one.param_groups for p in group["params"]] for one in (muon, adamw)]
     assert sorted(map(id, [*trained[0], *trained[1]])) == sorted(map(id, [*model.parameters(), *probes.parameters()]))
-    assert {p.ndim for p in trained[0]} == {2} and len(trained[0]) == 4 * 8
+    assert {p.ndim for p in trained[0]} == {2} and len(trained[0]) == 4 * 9
 
 
 def test_wrong_captions_are_negatives() -> None:

@@ -166,7 +166,7 @@ def candidate_rows(shards: Sequence[Path], pairs: Sequence[Pair]) -> dict[Key, R
         table = read_table(shard, CANDIDATES.names)
         keys = list(zip(table["prompt_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
         positions = [position for position, key in enumerate(keys) if key in wanted]
-        for position, row in zip(positions, table.take(positions).to_pylist(), strict=True):
+        for position, row in zip(positions, table.take(pa.array(positions, pa.int64())).to_pylist(), strict=True):
             found[keys[position]] = row
     return found
 
