@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "generate": {"samplers": [SAMPLER], "candidates_per_sampler": 2, "shard_size": 8},
     "score": {"validation_share": 0.3, "margin": 0.0},
     "train": {
-        "rank": 2, "alpha": 2, "epochs": 1, "batch_size": 4, "warmup_steps": 0, "validation_prompts": 2,
+        "rank": 2, "alpha": 2, "lr": 1e-2, "epochs": 1, "batch_size": 4, "warmup_steps": 0, "validation_prompts": 2,
         "checkpoint_every_steps": 1,
     },
     "evaluate": {
