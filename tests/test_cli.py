@@ -78,7 +78,6 @@ def folder(tmp_path, monkeypatch, models):
     world["base"] |= {"model": str(models / "base"), "resolution": RESOLUTION}
     sampler = {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0}
     world["generate"] |= {"samplers": [sampler], "candidates_per_sampler": 2}
-    world["score"] |= {"margin": 0.0}
     world["train"] |= {"rank": 4, "alpha": 4, "batch_size": 2, "epochs": 2, "checkpoint_every_steps": 1}
     world["evaluate"] |= {"sampler": sampler, "batch_size": 2}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))

@@ -99,14 +99,17 @@ def resolved(world: World, prompts_file: Path, num_pairs: int) -> tuple[list[Pro
 
 
 def with_pairs_per_prompt(world: World, pairs: int) -> World:
-    """The world with this many pairs per prompt at most, and enough candidates of equal sampler settings for them."""
+    """The world with this many pairs per prompt at most, and enough candidates of equal sampler settings for them.
+
+    Whatever their gap: a few prompts have few candidates, and a margin could leave none to train on or to hold out.
+    """
     candidates = world.generate.candidates_per_sampler
     while len(world.generate.samplers) * math.comb(candidates, 2) < pairs:
         candidates += 1
     return world.model_copy(
         update={
             "generate": world.generate.model_copy(update={"candidates_per_sampler": candidates}),
-            "score": world.score.model_copy(update={"max_pairs_per_prompt": pairs}),
+            "score": world.score.model_copy(update={"max_pairs_per_prompt": pairs, "margin": 0.0}),
         }
     )
 
