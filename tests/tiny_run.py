@@ -18,7 +18,7 @@ KEPT = ("src", "dvc.yaml", "params.yaml", ".dvc", ".gitignore", ".dvcignore", "r
         "models", "data/prompts.csv", "data/raw", "reports/studies", "docs")  # fmt: skip
 PROMPTS = 24
 SAMPLER = {"scheduler": "ddim", "steps": 1, "guidance_scale": 1.0}
-# `margin`: an untrained reward's gaps are of no known size. `lr`: after three steps the judges have to see a difference.
+# `margin`: an untrained reward's gaps are of no known size. `lr`: after three steps the judges have to see something.
 SMALL: dict[str, dict[str, Any]] = {
     "prompts": {"validation_share": 0.2, "test_share": 0.3},
     "ratings": {"validation_share": 0.2, "test_share": 0.3},
