@@ -11,20 +11,25 @@ import yaml
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline
 
 from dspo.data.prompts import Prompt
+from dspo.data.records import HEADS
 from dspo.diffusion.base import load_pipeline
 from dspo.params import Params, load_params
 from dspo.preference.dataset import Pairs
 from dspo.preference.dora import add_dora, add_lora
 from dspo.reporting.studies import study_tables
 from dspo.reporting.tables import markdown
-from dspo.shapes.gold import GoldScore
+from dspo.shapes import raters
+from dspo.shapes.defects import spoil
+from dspo.shapes.gold import GoldScore, judge
+from dspo.shapes.grammar import parse, wrong_request
+from dspo.shapes.render import random_scene, render_float
 from dspo.studies import base_sampler, beside
 from dspo.studies import trials as trials_module
 from dspo.studies.arms import ARMS, best, grid
 from dspo.studies.common import fresh_prompts
 from dspo.studies.losses_table import fared, flat, matched_drift, table
 from dspo.studies.overopt import some_rows
-from dspo.studies.pair_sets import NoScorer, both_ways
+from dspo.studies.pair_sets import GoldScorer, NoScorer, both_ways
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials, first_pairs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -108,6 +113,21 @@ def test_no_score_differs_by_image_and_is_keyed() -> None:
     images = [np.full((4, 4, 3), value, dtype=np.uint8) for value in (1, 2, 1)]
     scores = NoScorer(0).score(images, ["a"] * 3, 8)
     assert scores[0] == scores[2] != scores[1]
+
+
+def test_the_oracles_scores_are_log_odds_of_the_raters() -> None:
+    """So that ``score.margin``, set on the reward model's scale, means the same for the oracle's pairs."""
+    rng = np.random.default_rng(0)
+    request = parse("a red circle")
+    images = [np.round(render_float(random_scene(wrong_request(request, rng), rng)) * 255).astype(np.uint8)]
+    images.append(np.round(spoil(render_float(random_scene(request, rng)), "blur", 0.3, rng) * 255).astype(np.uint8))
+    scorer = GoldScorer(raters_temperature=0.034, processes=1)
+    first, second = scorer.score(images, ["a red circle"] * 2, 8)
+    for place, head in enumerate(HEADS):
+        gold = (np.array(getattr(judge(image, "a red circle"), head)) for image in images)
+        lead = raters.advantage(*gold, np.array(0.0), np.array(0.0), 0.0, 0.034, delta=0.0)
+        chance = 1 / (1 + np.exp(-(first - second)[place] / scorer.temperature))
+        assert chance == pytest.approx(float(raters.p_first(lead)), abs=1e-9)
 
 
 def test_some_rows_are_as_many_as_wanted_and_grow() -> None:

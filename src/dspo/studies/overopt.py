@@ -144,7 +144,9 @@ def pairs_of(candidates: Path, scorer: RewardScorer, params: Params, folder: Pat
     if not (folder / "summary.json").exists():  # the last file that write_pairs writes
         folder.mkdir(parents=True, exist_ok=True)
         world = params.active
-        write_pairs(candidates, scorer, world.base, world.score, params.seed, device(), folder)
+        # Without the world's margin: a reward from a hundred ratings may be that sure of no pair.
+        score = world.score.model_copy(update={"margin": 0.0})
+        write_pairs(candidates, scorer, world.base, score, params.seed, device(), folder)
     return load_pairs(folder)
 
 

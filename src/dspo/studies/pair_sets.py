@@ -21,16 +21,21 @@ from dspo.shapes.judging import judge_all
 
 @dataclass(frozen=True)
 class GoldScorer:
-    """The gold judge in the reward model's place: the oracle arm."""
+    """The gold judge in the reward model's place: the oracle arm.
 
-    temperature: float
+    Its scores are gold's over the raters' temperature: differences are log-odds of the raters' votes, as those of a
+    reward model are, so that ``score.margin`` says the same of both.
+    """
+
+    raters_temperature: float
     processes: int
+    temperature: float = 1.0
     heads: Sequence[str] = HEADS
     untrained: Sequence[str] = ()
 
     def score(self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int) -> NDArray[np.float64]:
         judged = judge_all(images, captions, [f"candidate of {caption!r}" for caption in captions], self.processes)
-        return np.array([[getattr(one, head) for head in HEADS] for one in judged])
+        return np.array([[getattr(one, head) for head in HEADS] for one in judged]) / self.raters_temperature
 
 
 @dataclass(frozen=True)
