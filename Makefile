@@ -72,7 +72,7 @@ overopt: setup ## where the proxy goes on rising and the gold judge does not
 	  --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports/studies $(STUDY)
 
 audit: setup ## the adapter on fresh prompts and seeds
-	python -m dspo.studies.audit --params params.yaml --prompts data/prompts.csv --adapter models/adapter --reward models/reward \
+	python -m dspo.studies.audit --params params.yaml --prompts data/prompts.csv --ratings data/ratings --adapter models/adapter --reward models/reward \
 	  --second-judge models/shapes-judge --output reports/studies/audit.json $(STUDY)
 
 sampler: setup ## the base's own best sampler setting by gold, on validation prompts

@@ -1,10 +1,13 @@
 """Drift, diversity, trivial hacks, and the figures that are made from judged images."""
 
+import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from dspo.data.images import encode_png
 from dspo.data.keys import prompt_id
@@ -14,7 +17,7 @@ from dspo.evaluation.compare import Comparison
 from dspo.evaluation.diversity import pixel_distance, spread_ratios, value_distance
 from dspo.evaluation.drift import contrast, saturation, sharpness
 from dspo.evaluation.hacks import HACKS, apply_hack
-from dspo.evaluation.paired import IMAGES, Images, evaluation_requests, load_images
+from dspo.evaluation.paired import IMAGES, Images, evaluation_requests
 from dspo.evaluation.statistics import WinRate
 
 HOW = Comparison(tie_band=0.02, resamples=200, seed=0)
@@ -189,16 +192,14 @@ def test_over_optimisation_is_proxy_up_and_gold_down(
     assert verdict["improved"]["reward_overall"] is (proxy[0] > 0.5)
 
 
-def test_judged_images_come_back_from_their_file(tmp_path: Path) -> None:
+def test_judged_images_are_read_by_pandas_and_pil(tmp_path: Path) -> None:
     images = judged({"reward_overall": [0.1, 0.2], "gold_overall": [0.3, 0.4]})
     images.write(tmp_path / "a.parquet")
-    back = load_images(tmp_path / "a.parquet")
-    assert back.prompt_ids == images.prompt_ids and (back.sample_index == [0, 1]).all()
-    assert all((a == b).all() for a, b in zip(back.images, images.images, strict=True))
-    assert {name: list(column) for name, column in back.scores.items()} == {
-        "reward_overall": [0.1, 0.2],
-        "gold_overall": [0.3, 0.4],
-    }
+    rows = pd.read_parquet(tmp_path / "a.parquet")
+    assert list(rows["prompt_id"]) == list(images.prompt_ids) and list(rows["sample_index"]) == [0, 1]
+    assert list(rows["reward_overall"]) == [0.1, 0.2] and list(rows["gold_overall"]) == [0.3, 0.4]
+    for data, image in zip(rows["image"], images.images, strict=True):
+        assert (np.asarray(Image.open(io.BytesIO(data))) == image).all()
 
 
 def test_tables(tmp_path: Path) -> None:

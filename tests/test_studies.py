@@ -10,6 +10,7 @@ import torch
 import yaml
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline
 
+from dspo.data.images import write_table
 from dspo.data.prompts import Prompt
 from dspo.data.records import HEADS
 from dspo.diffusion.base import load_pipeline
@@ -26,6 +27,7 @@ from dspo.shapes.render import random_scene, render_float
 from dspo.studies import base_sampler, beside
 from dspo.studies import trials as trials_module
 from dspo.studies.arms import ARMS, best, grid
+from dspo.studies.audit import used_prompts
 from dspo.studies.common import fresh_prompts
 from dspo.studies.losses_table import fared, flat, matched_drift, table
 from dspo.studies.overopt import some_rows
@@ -99,6 +101,14 @@ def test_every_arm_that_is_tuned_has_eight_settings(params: Params) -> None:
 def test_arms_with_more_pairs_take_about_as_many_steps(params: Params) -> None:
     train = params.active.train.model_copy(update={"epochs": 10})
     assert {s.epochs for s in grid(ARMS[0], train, 100, 400)} == {2}  # round(2.5), to the even number
+
+
+def test_the_audit_knows_the_prompts_of_list_and_raters(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt\na red circle\n")
+    for split, caption in (("train", "a blue ring"), ("validation", "a green star"), ("test", "a red circle")):
+        write_table(pa.table({"caption": [caption] * 2}), tmp_path / f"{split}.parquet")
+    used = used_prompts(tmp_path / "prompts.csv", tmp_path, 100)
+    assert used == {"a red circle", "a blue ring", "a green star"}
 
 
 def test_both_ways_makes_every_image_a_winner() -> None:

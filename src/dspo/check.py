@@ -20,7 +20,7 @@ from dspo.evaluation.foreign import places
 from dspo.params import BaseModelParams, ForeignJudgeParams, Params, RewardParams, load_params
 from dspo.reward import backbone
 
-GPU_GIB = 15.0  # a preference pair at 1024 px with gradient checkpointing takes up to 16 GB
+GPU_GIB = 15.0  # sampling at 1024 px with the reward model on the GPU; a training step takes half of it
 HUB_GIB = 8.0  # SDXL in half precision with its other VAE
 
 

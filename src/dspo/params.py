@@ -69,7 +69,7 @@ class RatingParams(Section):
 
     layout: RatingLayout  # shapes: simulated raters look at rated images; mixed: a sub-folder per layout
     votes: Count  # simulated raters per pair and head
-    temperature: Positive  # of the simulated raters, in units of the gold score (METHOD: Bayes macro-F1 0.90)
+    temperature: Positive  # of the simulated raters, in units of the gold score (docs/worlds.md: how it is set)
     tie_rate: Share  # share of ties at equal quality (Davidson's nu follows from it)
     side_bias: Annotated[float, Field(gt=0, lt=1)]  # share of the first side at equal quality
     wrong_taste: NonNegative  # c: how much raters like saturation and large objects, over-optimisation study
@@ -136,7 +136,7 @@ class ScoreParams(Section):
     match: list[SamplerKey]  # sampler keys that winner and loser share
     margin: NonNegative  # least difference of the reward
     max_pairs_per_prompt: Count
-    validation_share: Annotated[float, Field(gt=0, lt=1)]  # of the prompts, held out: the kept epoch is chosen there
+    validation_share: Annotated[float, Field(gt=0, lt=1)]  # of the prompts, held out
     batch_size: Count
 
 
@@ -205,7 +205,7 @@ ForeignJudgeParams = PickScoreParams | ClipHParams | ImageRewardParams | Aesthet
 class EvaluateParams(Section):
     """Base against tuned, from the same noise."""
 
-    sampler: SamplerParams  # the base's own best setting by the judge, chosen on validation prompts
+    sampler: SamplerParams  # among the base's own best by the judge, on validation prompts
     default_sampler: SamplerParams  # what a user would take; "best against default" stands in the report
     num_prompts: Count
     seeds_per_prompt: Count

@@ -17,7 +17,7 @@ CANDIDATES = pa.schema(
         ("guidance_scale", pa.float64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("image", pa.binary()),  # PNG
+        ("image", pa.binary()),  # as generate.image_format
         # float16, little endian, C order: the sampler's last latent, in the UNet's scaled space
         ("latent", pa.binary()),
         ("latent_shape", pa.list_(pa.int32())),  # [4, h, w]

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from dspo import distributed
 from dspo.data.codecs import Encoder, encoder
-from dspo.data.images import decode_image, encode_png, read_shards, read_table, write_table
+from dspo.data.images import decode_image, encode_png, read_shards, write_table
 from dspo.data.prompts import Prompt
 from dspo.data.records import CANDIDATES
 from dspo.diffusion.sampling import Sample, SampleRequest, sample
@@ -141,14 +141,6 @@ def load_shards(folder: Path) -> Images:
     """All images of a folder that :func:`sample_to_shards` filled, not judged yet."""
     table = read_shards(folder)
     return Images(table, _decode(table, folder), {})
-
-
-def load_images(path: Path) -> Images:
-    """A table that :meth:`Images.write` wrote."""
-    whole = read_table(path)
-    scores = {name: whole[name].to_numpy() for name in whole.column_names if name not in IMAGES.names}
-    table = whole.select(IMAGES.names)
-    return Images(table, _decode(table, path), scores)
 
 
 def _decode(table: pa.Table, where: Path) -> list[Image]:

@@ -80,8 +80,6 @@ def write_foreign_pairs(
     if not any(table["weight"].to_pylist()):
         raise UserError("every weight is 0: nothing would be learnt. Give a pair a weight above 0.")
     held_out = held_out_prompts(captions, params.validation_share, seed)
-    if not held_out:
-        raise UserError("score.validation_share is 0, but the best epoch is chosen on held-out pairs. Raise it.")
     _split(output, held_out)
     write_bytes(save(text_tensors(base, captions, device)), output / "text.safetensors")
     held = sum(prompt in held_out for prompt in table["prompt_id"].to_pylist())

@@ -67,8 +67,8 @@ def select_pairs(candidates: Iterable[Candidate], params: ScoreParams, trained_h
 def calibrated_rewards(rewards: Sequence[float], temperature: float) -> NDArray[np.float64]:
     """CaPO's calibrated rewards [n] of one prompt's candidates (Lee et al., CVPR 2025): win rates.
 
-    Rca(x_i) = mean over j != i of sigmoid((R_i - R_j) / T). ``temperature``: T of the reward model, fitted on
-    validation. ``rewards``: at least two.
+    Rca(x_i) = mean over j != i of sigmoid((R_i - R_j) / T). ``temperature``: T of the reward model's `overall`,
+    fitted on validation. ``rewards``: at least two.
     """
     reward = np.asarray(rewards, dtype=np.float64)
     wins = 0.5 * (1 + np.tanh((reward[:, None] - reward[None, :]) / (2 * temperature)))  # sigmoid without overflow

@@ -276,14 +276,15 @@ def _pairs_from(run: Run) -> str:
     samplers = "; ".join(
         f"{s.scheduler}, {s.steps} steps, guidance {s.guidance_scale:g}" for s in world.generate.samplers
     )
-    reward = " + ".join(f"{weight:g} {head}" for head, weight in world.score.weights.items())
+    weights = world.score.weights
+    reward = " + ".join(f"{weight / sum(weights.values()):g} {head}" for head, weight in weights.items())
     match = ", ".join(name.replace("_", " ") for name in world.score.match) or "nothing"
     return (
         f"{run.pairs['candidates']} images of {_named(world.base.model, world.base.revision)} at "
         f"{world.base.resolution} pixels, {world.generate.candidates_per_sampler} for each prompt and sampler "
         f"({samplers}). The reward model scored them; winner and loser are of one prompt and equal in {match}, chosen "
-        f"by `{world.score.select}`, their reward being {reward}, with a margin of at least {world.score.margin:g}, "
-        f"{world.score.max_pairs_per_prompt} a prompt at most."
+        f"with `score.select: {world.score.select}`, their reward being {reward}, with a margin of at least "
+        f"{world.score.margin:g}, {world.score.max_pairs_per_prompt} a prompt at most."
     )
 
 

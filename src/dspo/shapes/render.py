@@ -33,7 +33,6 @@ _HSV = {
 PALETTE: dict[str, Array] = {name: np.array(colorsys.hsv_to_rgb(h / 360, s, v)) for name, (h, s, v) in _HSV.items()}
 
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
-_STAR_ANGLES = np.deg2rad(np.arange(5) * 72.0)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The second judge of `shapes`: a small CNN trained on renders alone, never used for ratings, tuning or selection.
 
 It answers, for every attribute that the prompt asks for, "is it so?", and besides "is the picture clean?". Its score is
-the log-probability that all of it is so; it stands beside the gold judge in every table.
+the log-probability that all of it is so; it stands beside the gold judge where the adapter is evaluated.
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     args = _arguments(argv)
     params = load_params(args.params)
     world = params.active
-    inputs = [args.pairs, args.reward, args.second_judge, *local_files(world.base)]
+    inputs = [args.prompts, args.pairs, args.reward, args.second_judge, *local_files(world.base)]
     decides = {
         "seed": params.seed,
         "evaluate": world.evaluate.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""What the studies share: prompts that nobody has seen, sampling that survives a kill, cached results."""
+"""What the studies share: prompts drawn anew, sampling that survives a kill, cached results."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     args = _arguments(argv)
     params = load_params(args.params)
     world = params.active
-    inputs = [args.rated, args.candidates, args.pairs, args.second_judge, *local_files(world.base)]
+    inputs = [args.prompts, args.rated, args.candidates, args.pairs, args.second_judge, *local_files(world.base)]
     decides = {
         "seed": params.seed,
         "sections": world.model_dump(mode="json", include={"base", "ratings", "reward", "score", "evaluate"}),

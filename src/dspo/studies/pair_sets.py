@@ -24,7 +24,7 @@ class GoldScorer:
     """The gold judge in the reward model's place: the oracle arm.
 
     Its scores are gold's over the raters' temperature: differences are log-odds of the raters' votes, as those of a
-    reward model are, so that ``score.margin`` says the same of both.
+    reward model nearly are, so that ``score.margin`` suits both.
     """
 
     raters_temperature: float
