@@ -48,6 +48,7 @@ COUNTS = (100, 1000, 0)  # rated pairs; 0: all
 LOSSES: tuple[LossName, ...] = ("dpo", "dspo")
 STRENGTHS = (1.0, 3.0, 10.0)  # times the world's learning rate
 LEAST_REWARD_STEPS = 100
+WATCHED_PAIRS = 400  # of the validation ratings: few ratings make many epochs, and each looks at all of these
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def reward_of(raters: Raters, rated: list[RatedPair], params: Params, folder: Pa
         section = params.active.ratings.model_copy(update={"wrong_taste": raters.wrong_taste})
         tables = rate(rated, section, params.seed)
         tables["train"] = some_rows(tables["train"], raters.count, params.seed)
+        tables["validation"] = some_rows(tables["validation"], WATCHED_PAIRS, params.seed)
         for split in ("train", "validation"):
             write_table(tables[split], folder / f"{split}.parquet")
         splits = {split: read_ratings(folder / f"{split}.parquet") for split in ("train", "validation")}
