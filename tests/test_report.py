@@ -26,7 +26,7 @@ from dspo.reporting.page import verdict
 from dspo.reporting.pictures import SHOWN, choose, data_uri, differences
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import SAME_RATINGS, summarise
-from dspo.reporting.tables import words
+from dspo.reporting.tables import JUDGES, words
 from dspo.stages.report import INPUTS
 from dspo.stages.report import main as report_main
 
@@ -185,6 +185,7 @@ FILES: Json = {
         ],
     },
     "overopt": {
+        "settings": {"prompts": 100, "images_per_prompt": 2},
         "rows": [
             {
                 "count": 100,
@@ -465,6 +466,9 @@ def test_every_study_has_its_table() -> None:
     assert losses.rows[0][2] == "0.60* (0.50 to 0.70)" and losses.rows[1][5] == "ran away"
     beside = next(table for table in tables if table.title.startswith("What else"))
     assert beside.rows[0][2:] == ["0.580", "+3.0 (1.0 to 5.0)", "80"]
+    overopt = next(table for table in tables if table.title.startswith("Where the proxy"))
+    judges = [column for column in overopt.columns if column in JUDGES.values()]
+    assert judges == ["gold", "second judge", "training reward"]  # those that judged
     audit = next(table for table in tables if table.title == "Audit")
     assert [row[0] for row in audit.rows[:3]] == ["gold overall", "second judge", "reward overall"]
     seeds = next(table for table in tables if "seeds" in table.title)

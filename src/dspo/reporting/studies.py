@@ -118,7 +118,7 @@ def _beside(study: Json) -> Table:
     note = (
         f"{settings['prompts']} fresh prompts with {settings['images_per_prompt']} images, of which the base has "
         f"{number(base['fully_right'])} fully right. Win rates by the gold judge over decided images. All trainings "
-        "take about as many steps, at the settings of `params.yaml`, one seed; LoRA has one rank more and so about as "
+        "take about as many steps, at the settings of params.yaml, one seed; LoRA has one rank more and so about as "
         "many parameters. The best of several costs no training, and that many images for one."
     )
     columns = ("what", "over base", "fully right", "more than base, points", "seconds of training")
@@ -149,20 +149,23 @@ def _ablation(study: Json) -> Table:
 
 
 def _overopt(study: Json) -> Table:
+    settings = study["settings"]
+    of_row = [row.get("win_rates", {}) for row in study["rows"]]
+    judges = [judge for judge in JUDGES if any(judge in rates for rates in of_row)]
     rows = []
-    for row in study["rows"]:
-        rates = row.get("win_rates", {})
+    for row, rates in zip(study["rows"], of_row, strict=True):
         name = f"{row['count'] or 'all'} ratings, c = {row['wrong_taste']:g}, {row['loss']}, × {row['strength']:g}"
         says = "ran away" if row["ran_away"] else "over-optimised" if row["over_optimised"] else NONE
-        judges = [rate(rates.get(judge)) for judge in JUDGES]
-        rows.append([name, *judges, f"{row['drift']:.2e}" if "drift" in row else NONE, says])
+        judged = [rate(rates.get(judge)) for judge in judges]
+        rows.append([name, *judged, f"{row['drift']:.2e}" if "drift" in row else NONE, says])
     falls = f"Gold falls on {len(study['gold_falls_on'])} of {len(rows)} rows" if study["gold_falls_on"] else ""
     note = (
         f"{falls or 'Gold never falls'}; the detector fires on {len(study['detector_fires_on'])}. "
-        "Win rates over base by the reward that was trained on and by judges that were not; strength is times the "
-        "learning rate; c is the raters' wrong taste."
+        f"{settings['prompts']} fresh prompts with {settings['images_per_prompt']} images. Win rates over base by the "
+        "reward that was trained on and by judges that were not; strength is times the learning rate; c is the raters' "
+        "wrong taste."
     )
-    columns = ("raters and training", *JUDGES.values(), "drift", "detector")
+    columns = ("raters and training", *(JUDGES[judge] for judge in judges), "drift", "detector")
     return Table("Where the proxy rises and gold does not", columns, rows, note)
 
 

@@ -4,7 +4,7 @@
         --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports/studies
 
 Reward models from few and many ratings, by raters with and without a wrong taste, each optimised by DPO and DSPO at
-one, three and ten times the world's learning rate. Writes ``overopt.json`` and ``overopt.csv``; every finished reward
+one, three and ten times the world's learning rate. Writes ``overopt.json``, ``.md`` and ``.csv``; every finished reward
 model and training is kept, so the command goes on where it was killed.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dspo.data.files import write_json
 from dspo.data.images import write_table
 from dspo.data.keys import keyed_seed, keyed_uniform
 from dspo.data.prompts import read_prompts
@@ -31,6 +30,7 @@ from dspo.evaluation.tables import write_csv
 from dspo.params import LossName, Params, load_params
 from dspo.preference.dataset import Pairs, load_pairs
 from dspo.preference.scoring import write_pairs
+from dspo.reporting.studies import write_study
 from dspo.reward.backbone import local_files as backbone_files
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import RewardScorer, load_reward, save_reward
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         "detector_fires_on": [row_name(row) for row in rows if row["over_optimised"]],
         "gold_falls_on": [row_name(row) for row in rows if row["gold_falls"]],
     }
-    write_json(report, args.output / "overopt.json")
+    write_study("overopt", report, args.output)
     flat = [_flat(row) for row in rows]
     write_csv(flat, list(flat[0]), args.output / "overopt.csv")
 
