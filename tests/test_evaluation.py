@@ -182,14 +182,24 @@ def test_a_handful_of_images_improves_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("proxy", "gold", "flagged"),
-    [((0.6, 0.8), (0.2, 0.4), True), ((0.6, 0.8), (0.4, 0.6), False), ((0.4, 0.6), (0.2, 0.4), False)],
+    [
+        ((0.6, 0.8), (0.2, 0.4), True),
+        ((0.7, 0.8), (0.4, 0.6), True),  # gold has not fallen, but gained nothing of what the proxy did
+        ((0.6, 0.8), (0.4, 0.6), False),  # the two may be the same
+        ((0.8, 0.9), (0.6, 0.7), False),  # both rose
+        ((0.4, 0.6), (0.2, 0.4), False),
+    ],
 )
-def test_over_optimisation_is_proxy_up_and_gold_down(
+def test_over_optimisation_is_proxy_up_and_gold_not(
     proxy: tuple[float, float], gold: tuple[float, float], flagged: bool
 ) -> None:
     verdict = compare.verdict({"reward_overall": rate(*proxy), "gold_overall": rate(*gold)})
     assert verdict["over_optimised"] is flagged
     assert verdict["improved"]["reward_overall"] is (proxy[0] > 0.5)
+
+
+def test_few_decided_images_show_no_over_optimisation() -> None:
+    assert not compare.over_optimised({"reward_overall": rate(0.7, 0.8), "gold_overall": rate(0.2, 0.4, n=5)})
 
 
 def test_judged_images_are_read_by_pandas_and_pil(tmp_path: Path) -> None:

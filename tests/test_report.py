@@ -394,7 +394,7 @@ def test_a_plain_head_of_other_ratings_or_another_backbone_is_no_figure_of_these
         (GOOD, "The best of 4 base images by the reward model beats base on 75.0%"),
         (results(rate(0.52, 0.47, 0.57)), "Not separable"),
         (results(rate(0.4, 0.35, 0.45)), "Worse"),
-        (results(rate(0.4, 0.35, 0.45), True), "Over-optimised: the reward went up and the gold judge down"),
+        (results(rate(0.4, 0.35, 0.45), True), "Over-optimised: the reward went up and the gold judge did not"),
         (results(rate(None, None, None, 0)), "Nothing can be said"),
     ],
 )

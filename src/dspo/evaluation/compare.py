@@ -200,8 +200,17 @@ def worse(rate: WinRate) -> bool:
 
 
 def over_optimised(rates: dict[str, WinRate]) -> bool | None:
-    """Proxy up, gold down; ``None`` where there is no gold judge."""
-    return improved(rates[PROXY]) and worse(rates[GOLD]) if GOLD in rates else None
+    """Proxy up, gold not: gold's whole interval lies below the proxy's, and reaches down to one half or farther.
+
+    What the proxy gains where gold gains nothing is the proxy's error, whether gold has fallen below the base yet or not
+    (Gao et al. 2022, arXiv 2210.10760). ``None`` where there is no gold judge.
+    """
+    if GOLD not in rates:
+        return None
+    proxy, gold = rates[PROXY], rates[GOLD]
+    if gold.high is None or proxy.low is None or gold.n_decided < LEAST_DECIDED:
+        return False
+    return improved(proxy) and not improved(gold) and gold.high < proxy.low
 
 
 def verdict(rates: dict[str, WinRate]) -> Figures:
@@ -212,6 +221,6 @@ def verdict(rates: dict[str, WinRate]) -> Figures:
         "over_optimised": over_optimised(rates),
         "rule": (
             f"improved: low > 0.5; worse: high < 0.5; both with n_decided >= {LEAST_DECIDED}; "
-            f"over_optimised: improved by {PROXY} and worse by {GOLD}"
+            f"over_optimised: improved by {PROXY}, not by {GOLD}, whose high is below the other's low"
         ),
     }

@@ -207,7 +207,7 @@ def _limits(run: Run, shapes: bool) -> list[str]:
     if run.results["untrained_heads"]:
         limits.append(f"No rating labelled {', '.join(run.results['untrained_heads'])}: nothing is known of these.")
     if run.results["verdict"]["over_optimised"]:
-        limits.append("**Over-optimised**: the training reward went up while the gold judge went down.")
+        limits.append("**Over-optimised**: the training reward went up while the gold judge did not.")
     limits += tables.gamed(run.results)
     if shapes:
         limits.append(

@@ -27,7 +27,7 @@ def verdict(results: Json) -> str:
         return f"Nothing can be said: {name} decided no image pair."
     figures = decided(row)
     if state["over_optimised"]:
-        said = f"Over-optimised: the reward went up and {name} down; tuned beats base on only {figures}."
+        said = f"Over-optimised: the reward went up and {name} did not; tuned beats base on only {figures}."
     elif state["improved"][judge]:
         said = f"Improved by {name}: tuned beats base on {figures}."
     elif state["worse"][judge]:
