@@ -75,7 +75,7 @@ def reward_params(backbone: str, **changes: object) -> RewardParams:
         "heads": list(HEADS),
         "focal_gamma": 0.0,
         "mixup_alpha": 0.2,
-        "mirror": True,
+        "views": 2,
         "ema_decay": 0.9,
         "lr_backbone": 1e-4,
         "lr_heads": 3e-3,

@@ -22,7 +22,7 @@ from dspo.reward import training
 from dspo.reward.ablation import FULL, PLAIN, ablation_report, markdown, run_trial, variants
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import load_reward, save_reward
-from dspo.reward.dataset import SIDES, Stems, mirror_image, read_ratings
+from dspo.reward.dataset import SIDES, Stems, read_ratings
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import (
     Trained,
@@ -31,6 +31,7 @@ from dspo.reward.training import (
     train_reward,
     update_ema,
 )
+from dspo.reward.views import VIEWS, View
 
 CPU = torch.device("cpu")
 
@@ -72,34 +73,42 @@ def test_it_learns_what_the_raters_like(clip_name: str, ratings: Path, fusion: b
     assert not score_differences(model, validation)[:, 4].any()  # detail had no labels
 
 
-def test_the_mirror_image_of_a_set(clip_name: str, ratings: Path) -> None:
+def test_a_set_in_another_view(clip_name: str, ratings: Path) -> None:
     backbone = build_model(reward_params(clip_name), 0, CPU).backbone
     pairs = replace(read_ratings(ratings / "train.parquet"), captions=["Left of it, a bright red one right behind"] * 9)
-    there = mirror_image(pairs)
-    assert there.captions[0] == "Right of it, a bright red one left behind"
-    assert mirror_image(there).captions == pairs.captions
-    assert np.array_equal(there.shares, pairs.shares, equal_nan=True)
-    rows = np.array([3, 0, 7])
-    pictures = [decode_image(pairs.images[row].as_py(), "")[:, ::-1].copy() for row in rows]
-    expected = backbone.image_stem(backbone.preprocess(pictures))
-    torch.testing.assert_close(Stems(backbone, pairs, "float32").mirrored.images(rows), expected)
+    straight, rows = Stems(backbone, pairs, "float32"), np.array([3, 0, 7])
+    pictures = [decode_image(pairs.images[row].as_py(), "") for row in rows]
+    for view in VIEWS:
+        there = straight.seen(view)
+        assert there is straight.seen(view)
+        seen = [view.image(picture, backbone.patch) for picture in pictures]
+        torch.testing.assert_close(there.images(rows), backbone.image_stem(backbone.preprocess(seen)))
+        said = "Right of it, a bright red one left behind" if view.mirrored else pairs.captions[0]
+        assert torch.equal(there.ids[0], backbone.tokenize([said])[0])
 
 
-def test_half_of_the_batches_are_seen_in_a_mirror(
+def test_views_of_an_image() -> None:
+    image = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(16, 8, 3)
+    np.testing.assert_array_equal(View(False, 0, 0).image(image, 4), image)
+    np.testing.assert_array_equal(View(True, 0, 0).image(image, 4), image[:, ::-1])
+    moved = View(False, 1, 2).image(image, 4)  # up by 2 pixels, to the left by 4
+    np.testing.assert_array_equal(moved[:14, :4], image[2:, 4:])
+    assert (moved[14:] == moved[13]).all() and (moved[:, 4:] == moved[:, 3:4]).all()
+    np.testing.assert_array_equal(View(True, 1, 0).image(image, 4)[:14], image[2:, ::-1])
+
+
+def test_every_batch_is_seen_in_one_of_the_first_two_views(
     clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     real = training.batch_loss
     monkeypatch.setattr(
-        training,
-        "batch_loss",
-        lambda model, stems, *rest: seen.append(stems.pairs.mirrored) or real(model, stems, *rest),
+        training, "batch_loss", lambda model, stems, *rest: seen.append(stems.view) or real(model, stems, *rest)
     )
-    fit(ratings, reward_params(clip_name, epochs=8))
-    assert 0.2 < np.mean(seen) < 0.8
-    seen.clear()
-    fit(ratings, reward_params(clip_name, epochs=1, mirror=False))
-    assert seen and not any(seen)
+    for number in (1, 2, 4):
+        seen.clear()
+        fit(ratings, reward_params(clip_name, epochs=8, views=number))
+        assert set(seen) == set(VIEWS[: min(number, 2)])
 
 
 def test_bfloat16_autocast_trains_float32_weights(clip_name: str, ratings: Path) -> None:
@@ -256,18 +265,19 @@ def test_saved_and_loaded_scores_are_equal(
     assert scorer.score([], [], 4).shape == (0, 5)
 
 
-def test_a_score_is_the_mean_of_an_image_and_its_mirror_image(trained_folder: tuple[RewardModel, Path]) -> None:
+def test_a_score_is_the_mean_over_the_views(trained_folder: tuple[RewardModel, Path]) -> None:
     scorer = load_reward(trained_folder[1], CPU)
     images = list(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
-    flipped = [image[:, ::-1].copy() for image in images]
-    captions, exchanged = ["red left of blue"] * 4, ["red right of blue"] * 4
-    scores = scorer.score(images, captions, batch_size=4)
-    np.testing.assert_array_equal(scores, scorer.score(flipped, exchanged, batch_size=4))
+    scores = scorer.score(images, ["red left of blue"] * 4, batch_size=4)
     backbone = scorer.model.backbone
+    exchanged = {False: ["red left of blue"] * 4, True: ["red right of blue"] * 4}
     with torch.inference_mode():
         views = [
-            scorer.model(backbone.preprocess(seen), backbone.tokenize(said)).numpy()
-            for seen, said in ((images, captions), (flipped, exchanged))
+            scorer.model(
+                backbone.preprocess([view.image(image, backbone.patch) for image in images]),
+                backbone.tokenize(exchanged[view.mirrored]),
+            ).numpy()
+            for view in VIEWS[:2]
         ]
     assert np.abs(views[0] - views[1]).max() > 1e-3
     np.testing.assert_allclose(scores, (views[0] + views[1]) / 2, rtol=1e-6)
@@ -323,7 +333,7 @@ def test_ablation_rows_and_report(clip_name: str, ratings: Path) -> None:
         "with focal loss",
         "without EMA",
         "without MixUp",
-        "without mirroring",
+        "without further views",
         "one head",
         "plain head",
     ]

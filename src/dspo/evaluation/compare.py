@@ -202,8 +202,8 @@ def worse(rate: WinRate) -> bool:
 def over_optimised(rates: dict[str, WinRate]) -> bool | None:
     """Proxy up, gold not: gold's whole interval lies below the proxy's, and reaches down to one half or farther.
 
-    What the proxy gains where gold gains nothing is the proxy's error, whether gold has fallen below the base yet or not
-    (Gao et al. 2022, arXiv 2210.10760). ``None`` where there is no gold judge.
+    What the proxy gains where gold gains nothing is the proxy's error, whether gold has fallen yet or not (Gao et al.
+    2022, arXiv 2210.10760). ``None`` where there is no gold judge.
     """
     if GOLD not in rates:
         return None

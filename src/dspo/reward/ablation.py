@@ -17,7 +17,7 @@ from dspo.reward.model import build_model
 from dspo.reward.report import cross_entropy, fit_temperature, macro_f1_difference, reward_report
 from dspo.reward.training import score_differences, train_reward
 
-LR_FACTORS = (1.0, 3.0)  # of params' lr_heads
+LR_FACTORS = (1 / 3, 1.0)  # of params' lr_heads
 FULL, PLAIN = "full model", "plain head"
 SPANS = (("macro_f1_low", "macro_f1_high"), ("difference_low", "difference_high"))
 
@@ -36,7 +36,7 @@ def variants(params: RewardParams) -> dict[str, RewardParams]:
         "focal_gamma": ("focal loss", 0.0, 1.0),
         "ema_decay": ("EMA", 0.0, 0.99),
         "mixup_alpha": ("MixUp", 0.0, 0.2),
-        "mirror": ("mirroring", False, True),
+        "views": ("further views", 1, 2),
     }
     rows = {FULL: params}
     for key, (label, off, on) in parts.items():

@@ -98,6 +98,11 @@ class Backbone(nn.Module):
         return int(self.clip.visual.transformer.width)
 
     @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.clip.visual.patch_size[0])
+
+    @property
     def text_width(self) -> int:
         return int(self.clip.transformer.width)
 

@@ -19,9 +19,10 @@ from dspo.data.images import Pixels
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.reward.backbone import weights_sha256
-from dspo.reward.dataset import autocast, mirror_captions
+from dspo.reward.dataset import autocast
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import Trained, load_weights
+from dspo.reward.views import View
 
 CONFIG = "config.json"
 EMA_WEIGHTS = "model.safetensors"
@@ -52,24 +53,27 @@ class RewardScorer:
     def score(self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int) -> NDArray[np.float32]:
         """Scores [n, n_heads] of uint8 images [height, width, 3] for their captions; columns as ``heads``.
 
-        With ``reward.mirror`` the mean of what an image and its mirror image get.
+        The mean over the views that the model has (``reward.views``).
         """
         if not images:
             return np.zeros((0, len(self.heads)), dtype=np.float32)
-        straight = self._score(images, captions, batch_size)
-        if not self.model.mirror:
-            return straight
-        mirrored = self._score([image[:, ::-1] for image in images], mirror_captions(captions), batch_size)
-        return (straight + mirrored) * np.float32(0.5)
+        resized = [self.model.backbone.resize(image) for image in images]
+        mean: NDArray[np.float32] = np.mean(
+            [self._score(resized, captions, view, batch_size) for view in self.model.views], axis=0
+        )
+        return mean
 
-    def _score(self, images: Sequence[Pixels], captions: Sequence[str], batch_size: int) -> NDArray[np.float32]:
+    def _score(
+        self, images: Sequence[Pixels], captions: Sequence[str], view: View, batch_size: int
+    ) -> NDArray[np.float32]:
         backbone = self.model.backbone
         device = backbone.clip.logit_scale.device
         scores = []
         with torch.inference_mode(), autocast(device, self.params.dtype):
             for i in range(0, len(images), batch_size):
-                pixels = backbone.preprocess(list(images[i : i + batch_size])).to(device)
-                tokens = backbone.tokenize(list(captions[i : i + batch_size])).to(device)
+                seen = [view.image(image, backbone.patch) for image in images[i : i + batch_size]]
+                pixels = backbone.preprocess(seen).to(device)
+                tokens = backbone.tokenize(view.captions(captions[i : i + batch_size])).to(device)
                 scores.append(self.model(pixels, tokens).cpu().numpy())
         return np.concatenate(scores)
 

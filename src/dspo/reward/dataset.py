@@ -2,12 +2,9 @@
 
 import hashlib
 import mmap
-import re
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,7 @@ from dspo.environment import processes, scratch_root
 from dspo.errors import UserError
 from dspo.params import Dtype
 from dspo.reward.backbone import Backbone
+from dspo.reward.views import VIEWS, View
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -32,8 +30,7 @@ SIDES = ("jpg_0", "jpg_1")
 IMAGES = pa.schema([("image", pa.binary())])
 
 STEM_BATCH = 64
-# Stem outputs are kept in memory up to this size, those of the mirror image likewise; a larger set computes them again
-# in every batch.
+# Stem outputs of a view are kept in memory up to this size; a larger set computes them again in every batch.
 STEM_BYTES = 4 * 2**30
 
 
@@ -50,7 +47,6 @@ class RatedPairs:
     prompt_id: NDArray[np.str_]
     base: NDArray[np.bool_]  # [n_pairs] both images are the base model's own samples
     path: Path
-    mirrored: bool = False  # the images are to be looked at in a mirror
 
     def __len__(self) -> int:
         return len(self.first)
@@ -62,16 +58,6 @@ class RatedPairs:
     def unlabelled(self, heads: tuple[str, ...]) -> list[str]:
         """Heads that no pair has a label for."""
         return [head for head in heads if np.isnan(self.head_shares((head,))).all()]
-
-
-def mirror_image(pairs: RatedPairs) -> RatedPairs:
-    """The pairs seen in a mirror, "left" and "right" exchanged in their captions: people would vote as they did."""
-    return replace(pairs, captions=mirror_captions(pairs.captions), mirrored=True)
-
-
-def mirror_captions(captions: Sequence[str]) -> list[str]:
-    exchanged = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    return [re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda found: exchanged[found[0]], text) for text in captions]
 
 
 def read_ratings(path: Path) -> RatedPairs:
@@ -138,23 +124,28 @@ def _distinct_images(file: pq.ParquetFile) -> tuple[pa.ChunkedArray, list[Rows]]
 
 
 class Stems:
-    """Outputs of the backbone's frozen part for a set's images and captions, computed once where they fit."""
+    """Outputs of the backbone's frozen part for a set in one view, computed once where they fit."""
 
-    def __init__(self, backbone: Backbone, pairs: RatedPairs, dtype: Dtype) -> None:
+    def __init__(self, backbone: Backbone, pairs: RatedPairs, dtype: Dtype, view: View = VIEWS[0]) -> None:
         self.backbone = backbone
         self.pairs = pairs
         self.dtype = dtype
+        self.view = view
         self.device = backbone.clip.logit_scale.device
+        self._others: dict[View, Stems] = {}
         self._threads = ThreadPoolExecutor(processes())
-        self.ids = backbone.tokenize(pairs.captions)
+        self.ids = backbone.tokenize(view.captions(pairs.captions))
         one = self._image_stems(np.array([0]))
         fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
         self.kept = self._keep() if fits else None
 
-    @cached_property
-    def mirrored(self) -> "Stems":
-        """Those of the set's mirror image."""
-        return Stems(self.backbone, mirror_image(self.pairs), self.dtype)
+    def seen(self, view: View) -> "Stems":
+        """Those of the same set in another view, made once."""
+        if view == self.view:
+            return self
+        if view not in self._others:
+            self._others[view] = Stems(self.backbone, self.pairs, self.dtype, view)
+        return self._others[view]
 
     def images(self, rows: Rows) -> Tensor:
         """[len(rows), 1 + n_patches, image_width]."""
@@ -179,8 +170,7 @@ class Stems:
     def _image(self, row: int) -> Pixels:
         """Decoded and of the backbone's size: PIL works outside of Python's lock."""
         image = decode_image(self.pairs.images[row].as_py(), f"{self.pairs.path}: distinct image {row}")
-        image = self.backbone.resize(image)
-        return image[:, ::-1] if self.pairs.mirrored else image
+        return self.view.image(self.backbone.resize(image), self.backbone.patch)
 
 
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:

@@ -14,6 +14,7 @@ from dspo.data.keys import keyed_seed
 from dspo.params import RewardParams
 from dspo.reward.backbone import Backbone, ImageTokens, TextTokens, load_backbone
 from dspo.reward.fusion import Fusion, PooledFeatures
+from dspo.reward.views import VIEWS
 
 PROMPTED_HEADS = ("overall", "alignment")
 
@@ -22,7 +23,7 @@ class RewardModel(nn.Module):
     def __init__(self, backbone: Backbone, params: RewardParams) -> None:
         super().__init__()
         self.backbone = backbone
-        self.mirror = params.mirror  # a score is the mean of the image's and of its mirror image's
+        self.views = VIEWS[: params.views]  # a score is the mean over these
         self.heads = tuple(params.heads)
         prompted = [head for head in self.heads if head in PROMPTED_HEADS]
         free = [head for head in self.heads if head not in PROMPTED_HEADS]

@@ -28,6 +28,7 @@ from dspo.reward.model import RewardModel
 
 MIXUP_SHARE = 0.8  # of the steps; the last ones see real pairs only
 CHECKPOINT_EVERY_STEPS = 100
+LEARNT_VIEWS = 2  # at most: each needs stem outputs of its own, and more of them teach no more
 SCORE_BATCH = 256
 
 State = dict[str, Tensor]
@@ -57,7 +58,8 @@ def train_reward(
     """
     pairs = train.pairs
     parameters = model.trained_parameters()
-    optimizer = torch.optim.AdamW(parameter_groups(parameters, params))
+    optimizer = torch.optim.AdamW(parameter_groups(parameters, params), fused=True)
+    learnt_from = model.views[:LEARNT_VIEWS]
     lr_of_group = [group["lr"] for group in optimizer.param_groups]
     ema = current_weights(model)
     labels = torch.from_numpy(pairs.head_shares(model.heads)).float().to(train.device)
@@ -76,7 +78,8 @@ def train_reward(
 
     for step in progress(range(start, n_steps), n_steps - start, "reward"):
         epoch, batch = divmod(step, steps_per_epoch)
-        order = epoch_order(pairs, seed, epoch)
+        if batch == 0 or step == start:
+            order = epoch_order(pairs, seed, epoch)
         rows = order[batch * params.batch_size : (batch + 1) * params.batch_size]
         for group, lr in zip(optimizer.param_groups, lr_of_group, strict=True):
             group["lr"] = lr * schedule(step, params.warmup_steps, n_steps)
@@ -91,8 +94,8 @@ def train_reward(
             else None
         )
 
-        mirror = params.mirror and keyed_rng(seed, "reward-mirror", step).random() < 0.5
-        loss = batch_loss(model, train.mirrored if mirror else train, rows, labels, mix, params.focal_gamma)
+        view = learnt_from[int(keyed_rng(seed, "reward-view", step).integers(len(learnt_from)))]
+        loss = batch_loss(model, train.seen(view), rows, labels, mix, params.focal_gamma)
         if not torch.isfinite(loss):
             raise UserError(f"reward: the loss is {loss.item()} at step {step}; lower reward.lr_heads or lr_backbone")
         optimizer.zero_grad(set_to_none=True)
@@ -214,11 +217,11 @@ def view_features(model: RewardModel, stems: Stems, views: Rows) -> tuple[Tensor
 
 
 def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]:
-    """Validation likelihood (temperature 1) and accuracy on decided votes of `overall`, raw and EMA."""
+    """Validation likelihood (temperature 1) and accuracy on decided votes of `overall`, raw and EMA; of one view."""
     row = {}
     for name, state in (("raw", current_weights(model)), ("ema", ema)):
         with weights(model, state):
-            difference = score_differences(model, validation)[:, model.heads.index("overall")]
+            difference = view_differences(model, validation)[:, model.heads.index("overall")]
         share, vote = (
             validation.pairs.head_shares(("overall",))[:, 0],
             validation.pairs.vote,
@@ -231,13 +234,13 @@ def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]
 
 
 def score_differences(model: RewardModel, stems: Stems) -> Floats:
-    """Score of the first minus score of the second image, [n_pairs, n_heads]; the mean of both views if ``mirror``."""
-    straight = view_differences(model, stems)
-    return (straight + view_differences(model, stems.mirrored)) / 2 if model.mirror else straight
+    """Score of the first minus score of the second image, [n_pairs, n_heads]; the mean over the model's views."""
+    mean: Floats = np.mean([view_differences(model, stems.seen(view)) for view in model.views], axis=0)
+    return mean
 
 
 def view_differences(model: RewardModel, stems: Stems) -> Floats:
-    """As :func:`score_differences`, as the images stand; every (image, caption) is scored once."""
+    """As :func:`score_differences`, in the view of ``stems``; every (image, caption) is scored once."""
     n = len(stems.pairs)
     distinct, place = distinct_views(stems.pairs, np.arange(n))
     parts = (distinct[i : i + SCORE_BATCH] for i in range(0, len(distinct), SCORE_BATCH))

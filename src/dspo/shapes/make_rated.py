@@ -1,6 +1,6 @@
-"""Make the pictures that the simulated raters look at: three samples of the base and one other picture per prompt.
+"""Make the pictures that the simulated raters look at: three samples of the base per prompt, at times one more.
 
-The other picture is a render of the prompt, as it should be or spoiled in a known way, so that the reward model also
+The one more is a render of the prompt, as it should be or spoiled in a known way, so that the reward model also
 meets what the base never makes. None of the prompts is in the list that is trained and evaluated on. The gold judge's
 scores, which the raters' votes are drawn from, are written beside the pictures.
 """
@@ -39,6 +39,7 @@ SAMPLERS = (  # with the candidates' guidance, and with less, so that the reward
     SamplerParams(scheduler="ddim", steps=12, guidance_scale=3.0),
 )
 JPEG_QUALITY = 90
+OTHER_SHARE = 1 / 6  # of the prompts: a render against a sample is an easy pair, and teaches less
 
 
 def encode_jpeg(pixels: Pixels) -> bytes:
@@ -79,14 +80,15 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--exclude", type=Path, required=True, help="prompt list whose prompts are not used")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--number", type=int, default=2600, help="prompts")
+    parser.add_argument("--number", type=int, default=7800, help="prompts")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     taken = frozenset(prompt.text for prompt in read_prompts(args.exclude, max_characters=400))
     texts = distinct_prompts(args.number, args.seed, "rated-prompts", taken)
     prompts = [Prompt(prompt_id(text), text, 1.0) for text in texts]
     rows = [(p, k, "base", image) for p, k, image in base_pictures(args.base, prompts, args.seed, batch_size=64)]
-    rows += [(p, BASE_SAMPLES, "other", other_picture(p.text, args.seed)) for p in prompts]
+    with_other = prompts[: round(OTHER_SHARE * len(prompts))]
+    rows += [(p, BASE_SAMPLES, "other", other_picture(p.text, args.seed)) for p in with_other]
     rows.sort(key=lambda row: (row[0].id, row[1]))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_table(judged(rows), args.output)

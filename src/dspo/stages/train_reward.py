@@ -11,7 +11,7 @@ from dspo.reward.checkpoint import save_reward
 from dspo.reward.dataset import Stems, read_ratings
 from dspo.reward.model import build_model
 from dspo.reward.report import fit_temperatures, reward_report
-from dspo.reward.training import score_differences, train_reward
+from dspo.reward.training import score_differences, train_reward, view_differences
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import arguments, run
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     model = build_model(reward, params.seed, device())
     backbone_hash = weights_sha256(model.backbone.clip)
     stems = {name: Stems(model.backbone, pairs, reward.dtype) for name, pairs in splits.items()}
-    zero_shot = score_differences(model, stems["test"])[:, model.heads.index("overall")]
+    zero_shot = view_differences(model, stems["test"])[:, model.heads.index("overall")]
     checkpoint = scratch.path / "checkpoint.pt"
     trained = train_reward(model, stems["train"], stems["validation"], reward, params.seed, checkpoint)
 
