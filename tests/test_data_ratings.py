@@ -1,5 +1,6 @@
 """Ratings from the rated pictures of `shapes`."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from dspo.environment import processes
 from dspo.params import RatingParams
 from dspo.shapes.grammar import random_request
 from dspo.shapes.judging import judge_all
-from dspo.shapes.make_rated import judged
+from dspo.shapes.make_rated import BASE_SAMPLES, OTHER_SHARE, judged
 from dspo.shapes.ratings import SEEN, make_pairs, rate, read_pictures
 from dspo.shapes.render import random_scene, render
 
@@ -45,11 +46,16 @@ def rated(tmp_path_factory):
 
 
 def test_scores_are_the_gold_judges(rated):
-    pictures = rated + read_pictures(SHIPPED)[::80]
+    pictures = rated + read_pictures(SHIPPED)[::200]
     captions = [picture.caption for picture in pictures]
     scores = judge_all([picture.image for picture in pictures], captions, captions, processes())
     told = [[picture.gold[name] for name in SEEN] for picture in pictures]
     np.testing.assert_allclose(told, [[getattr(score, name) for name in SEEN] for score in scores], atol=1e-6)
+
+
+def test_shipped_pictures_are_mostly_samples_of_the_base():
+    sources = Counter(picture.source for picture in read_pictures(SHIPPED))
+    assert sources == {"base": 7_800 * BASE_SAMPLES, "other": round(7_800 * OTHER_SHARE)}
 
 
 def test_all_pairs_within_a_prompt(rated):

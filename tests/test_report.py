@@ -364,7 +364,7 @@ def test_gates_hold_for_good_figures_and_bad_files_are_named(
         assert wrong in capsys.readouterr().err
 
 
-def test_bounds_known_to_be_missed_are_excused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bounds_that_may_be_missed_are_excused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = deepcopy(GOOD_SUMMARY)
     summary["evaluation"]["diversity_ratio"] = 0.5
     path, name = tmp_path / "summary.json", "diversity among right images, tuned / base"

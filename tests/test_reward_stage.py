@@ -49,7 +49,7 @@ def test_a_damaged_ratings_file_leaves_nothing(command: list[str], tmp_path: Pat
 
 
 def test_the_ablation_writes_its_table(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_ablation, "LR_FACTORS", (1.0,))
+    monkeypatch.setattr(reward_ablation, "LR_DIVISORS", (1,))
     reward_ablation.main([*command, "--output", str(tmp_path / "reports")])
     report = read_json(tmp_path / "reports" / "ablation.json")
     assert len(report["rows"]) == 8 and 0 <= report["plain_head_macro_f1"] <= 1

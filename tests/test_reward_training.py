@@ -15,7 +15,7 @@ from reward_tiny import flat_image, make_clip, reward_params, write_ratings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspo.data.files import read_json, write_json
-from dspo.data.images import ROWS_PER_GROUP, decode_image, encode_png, read_table, write_table
+from dspo.data.images import ROWS_PER_GROUP, encode_png, read_table, write_table
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.reward import training
@@ -75,11 +75,16 @@ def test_it_learns_what_the_raters_like(clip_name: str, ratings: Path, fusion: b
 
 def test_a_set_in_another_view(clip_name: str, ratings: Path) -> None:
     backbone = build_model(reward_params(clip_name), 0, CPU).backbone
-    pairs = replace(read_ratings(ratings / "train.parquet"), captions=["Left of it, a bright red one right behind"] * 9)
-    straight, rows = Stems(backbone, pairs, "float32"), np.array([3, 0, 7])
-    pictures = [decode_image(pairs.images[row].as_py(), "") for row in rows]
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
+    pairs = replace(
+        read_ratings(ratings / "train.parquet"),
+        images=pa.chunked_array([[encode_png(picture) for picture in pictures]]),
+        captions=["Left of it, a bright red one right behind"] * 9,
+    )
+    straight, rows = Stems(backbone, pairs, "float32"), np.arange(3)
     for view in VIEWS:
         there = straight.seen(view)
+        assert torch.equal(there.images(rows), straight.images(rows)) is (view == VIEWS[0])
         assert there is straight.seen(view)
         seen = [view.image(picture, backbone.patch) for picture in pictures]
         torch.testing.assert_close(there.images(rows), backbone.image_stem(backbone.preprocess(seen)))
@@ -94,7 +99,7 @@ def test_views_of_an_image() -> None:
     moved = View(False, 1, 2).image(image, 4)  # up by 2 pixels, to the left by 4
     np.testing.assert_array_equal(moved[:14, :4], image[2:, 4:])
     assert (moved[14:] == moved[13]).all() and (moved[:, 4:] == moved[:, 3:4]).all()
-    np.testing.assert_array_equal(View(True, 1, 0).image(image, 4)[:14], image[2:, ::-1])
+    np.testing.assert_array_equal(View(True, 0, 1).image(image, 4)[:, :6], image[:, ::-1][:, 2:])
 
 
 def test_every_batch_is_seen_in_one_of_the_first_two_views(
@@ -267,6 +272,7 @@ def test_saved_and_loaded_scores_are_equal(
 
 def test_a_score_is_the_mean_over_the_views(trained_folder: tuple[RewardModel, Path]) -> None:
     scorer = load_reward(trained_folder[1], CPU)
+    scorer.model.views = VIEWS
     images = list(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
     scores = scorer.score(images, ["red left of blue"] * 4, batch_size=4)
     backbone = scorer.model.backbone
@@ -277,10 +283,27 @@ def test_a_score_is_the_mean_over_the_views(trained_folder: tuple[RewardModel, P
                 backbone.preprocess([view.image(image, backbone.patch) for image in images]),
                 backbone.tokenize(exchanged[view.mirrored]),
             ).numpy()
-            for view in VIEWS[:2]
+            for view in VIEWS
         ]
-    assert np.abs(views[0] - views[1]).max() > 1e-3
-    np.testing.assert_allclose(scores, (views[0] + views[1]) / 2, rtol=1e-6)
+    assert all(np.abs(views[0] - other).max() > 1e-3 for other in views[1:])
+    np.testing.assert_allclose(scores, np.mean(views, axis=0), rtol=1e-5)
+
+
+def test_rated_pairs_are_scored_as_images_are(trained_folder: tuple[RewardModel, Path], ratings: Path) -> None:
+    scorer = load_reward(trained_folder[1], CPU)
+    scorer.model.views = VIEWS
+    images = list(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
+    pairs = replace(
+        read_ratings(ratings / "train.parquet"),
+        images=pa.chunked_array([[encode_png(image) for image in images]]),
+        captions=["red left of blue"],
+        first=np.array([0, 1]),
+        second=np.array([2, 3]),
+        caption=np.array([0, 0]),
+    )
+    scores = scorer.score(images, ["red left of blue"] * 4, batch_size=4)
+    differences = score_differences(scorer.model, Stems(scorer.model.backbone, pairs, "float32"))
+    np.testing.assert_allclose(differences, scores[:2] - scores[2:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(trained_folder: tuple[RewardModel, Path], tmp_path: Path) -> None:

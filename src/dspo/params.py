@@ -91,7 +91,7 @@ class RewardParams(Section):
     heads: Annotated[list[Head], Field(min_length=1)]
     focal_gamma: NonNegative  # 0: plain cross-entropy
     mixup_alpha: NonNegative  # Beta(a, a) of feature MixUp; 0: off
-    views: int = Field(ge=1, le=4)  # a score is the mean over these (reward/views.py); training has two of them
+    views: Annotated[int, Field(ge=1, le=4)]  # a score is their mean (reward/views.py); training draws from two at most
     ema_decay: Annotated[float, Field(ge=0, lt=1)]  # 0: off
     lr_backbone: Positive
     lr_heads: Positive

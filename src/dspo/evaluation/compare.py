@@ -203,7 +203,7 @@ def over_optimised(rates: dict[str, WinRate]) -> bool | None:
     """Proxy up, gold not: gold's whole interval lies below the proxy's, and reaches down to one half or farther.
 
     What the proxy gains where gold gains nothing is the proxy's error, whether gold has fallen yet or not (Gao et al.
-    2022, arXiv 2210.10760). ``None`` where there is no gold judge.
+    2022, arXiv 2210.10760). False where gold decided too few; ``None`` where there is no gold judge.
     """
     if GOLD not in rates:
         return None

@@ -17,7 +17,7 @@ from dspo.reward.model import build_model
 from dspo.reward.report import cross_entropy, fit_temperature, macro_f1_difference, reward_report
 from dspo.reward.training import score_differences, train_reward
 
-LR_FACTORS = (1 / 3, 1.0)  # of params' lr_heads
+LR_DIVISORS = (3, 1)  # of params' lr_heads
 FULL, PLAIN = "full model", "plain head"
 SPANS = (("macro_f1_low", "macro_f1_high"), ("difference_low", "difference_high"))
 
@@ -101,7 +101,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Macro-F1 on {report['n_pairs']} decided votes of single raters, {report['n_prompts']} test prompts; "
         f"noise ceiling {_cell(report['ceiling_macro_f1'])}. Difference to the full model: paired, 95 % interval over "
-        f"prompts. Learning rate: the better of {len(LR_FACTORS)} by validation likelihood, for every row. One seed.",
+        f"prompts. Learning rate: the better of {len(LR_DIVISORS)} by validation likelihood, for every row. One seed.",
         "",
         "| variant | macro-F1 | 95 % interval | difference | 95 % interval | lr_heads |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Views of an image: what changes the pixels that the backbone's patches cut out, and nothing that people would judge.
+"""Views of an image: other pixels in each of the backbone's patches, and hardly anything that people judge otherwise.
 
 A mirror exchanges left and right. A move by half a patch puts every edge elsewhere in its patch: what a vision
 transformer reads of it depends on that (Zhang 2019, arXiv 1904.11486, on networks that subsample).
@@ -29,7 +29,7 @@ class View(NamedTuple):
         return [_exchanged(text) for text in captions] if self.mirrored else list(captions)
 
 
-# A reward model has the first so many. Every two are a straight one and a mirrored one.
+# A reward model has the first so many (`reward.views`). Straight and mirrored in turn: an even number is balanced.
 VIEWS = (View(False, 0, 0), View(True, 1, 1), View(False, 0, 1), View(True, 1, 0))
 
 

@@ -1,7 +1,7 @@
-"""Make the pictures that the simulated raters look at: three samples of the base per prompt, at times one more.
+"""Make the pictures that the simulated raters look at: three samples of the base per prompt, for some a render.
 
-The one more is a render of the prompt, as it should be or spoiled in a known way, so that the reward model also
-meets what the base never makes. None of the prompts is in the list that is trained and evaluated on. The gold judge's
+The render is as it should be, of a wrong request or spoiled in a known way, so that the reward model also meets what
+the base never makes. None of the prompts is in the list that is trained and evaluated on. The gold judge's
 scores, which the raters' votes are drawn from, are written beside the pictures.
 """
 
@@ -39,7 +39,7 @@ SAMPLERS = (  # with the candidates' guidance, and with less, so that the reward
     SamplerParams(scheduler="ddim", steps=12, guidance_scale=3.0),
 )
 JPEG_QUALITY = 90
-OTHER_SHARE = 1 / 6  # of the prompts: a render against a sample is an easy pair, and teaches less
+OTHER_SHARE = 1 / 6  # of prompts with a render: against a sample it is an easy pair, and teaches less
 
 
 def encode_jpeg(pixels: Pixels) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from dspo.data.files import whole_file, write_json
 from dspo.environment import device
 from dspo.params import RewardParams, load_params
-from dspo.reward.ablation import LR_FACTORS, Trial, ablation_report, markdown, run_trial, variants
+from dspo.reward.ablation import LR_DIVISORS, Trial, ablation_report, markdown, run_trial, variants
 from dspo.reward.backbone import local_files, weights_sha256
 from dspo.reward.dataset import Stems, read_ratings
 from dspo.reward.model import build_model
@@ -33,8 +33,8 @@ def main(argv: list[str]) -> None:
     trials: dict[str, list[Trial]] = {}
     for name, variant in variants(reward).items():
         trials[name] = [
-            _trial(scratch.path / f"{name}-{factor:g}.npz", _at_rate(variant, factor), stems, params.seed)
-            for factor in LR_FACTORS
+            _trial(scratch.path / f"{name}-{divisor:g}.npz", _at_rate(variant, divisor), stems, params.seed)
+            for divisor in LR_DIVISORS
         ]
     report = {"backbone_sha256": weights_sha256(backbone.clip), **ablation_report(trials, splits["test"], params.seed)}
     write_json(report, scratch.path / "ablation.json")
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     scratch.publish({name: paths.output / name for name in ("ablation.json", "ablation.md")})
 
 
-def _at_rate(params: RewardParams, factor: float) -> RewardParams:
-    return params.model_copy(update={"lr_heads": params.lr_heads * factor})
+def _at_rate(params: RewardParams, divisor: float) -> RewardParams:
+    return params.model_copy(update={"lr_heads": params.lr_heads / divisor})
 
 
 def _trial(path: Path, params: RewardParams, stems: dict[str, Stems], seed: int) -> Trial:
