@@ -364,17 +364,18 @@ def test_gates_hold_for_good_figures_and_bad_files_are_named(
         assert wrong in capsys.readouterr().err
 
 
-def test_bounds_that_may_be_missed_are_excused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_figure_may_miss_its_bound_down_to_its_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = deepcopy(GOOD_SUMMARY)
     summary["evaluation"]["diversity_ratio"] = 0.5
     path, name = tmp_path / "summary.json", "diversity among right images, tuned / base"
     write_json(summary, path)
-    assert gates_main([str(path), "--missed", name]) == 0
+    assert gates_main([str(path), "--floor", f"{name}=0.5"]) == 0
+    assert gates_main([str(path), "--floor", f"{name}=0.51"]) == 1
     summary["evaluation"]["gold"]["win_rate"] = 0.6
     write_json(summary, path)
-    assert gates_main([str(path), "--missed", name]) == 1
-    assert gates_main([str(path), "--missed", "no such"]) == 2
-    assert "no such bound: no such" in capsys.readouterr().err
+    assert gates_main([str(path), "--floor", f"{name}=0.5"]) == 1
+    assert gates_main([str(path), "--floor", "no such=0.5"]) == 2
+    assert "no such figure: no such" in capsys.readouterr().err
 
 
 def test_a_plain_head_of_other_ratings_or_another_backbone_is_no_figure_of_these() -> None:

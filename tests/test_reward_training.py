@@ -306,6 +306,20 @@ def test_rated_pairs_are_scored_as_images_are(trained_folder: tuple[RewardModel,
     np.testing.assert_allclose(differences, scores[:2] - scores[2:], rtol=1e-4, atol=1e-5)
 
 
+def test_scores_do_not_depend_on_the_number_of_threads(trained_folder: tuple[RewardModel, Path]) -> None:
+    scorer = load_reward(trained_folder[1], CPU)
+    scorer.model.views = VIEWS
+    images = list(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
+    captions = [f"{side} of blue" for side in ("left", "right")] * 3
+    threads = torch.get_num_threads()
+    scores = []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        scores.append(scorer.score(images, captions, batch_size=2))
+    torch.set_num_threads(threads)
+    assert np.array_equal(*scores)
+
+
 def test_a_checkpoint_of_another_backbone_is_refused(trained_folder: tuple[RewardModel, Path], tmp_path: Path) -> None:
     folder = copy(trained_folder[1], tmp_path / "reward")
     config = read_json(folder / "config.json")

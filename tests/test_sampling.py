@@ -75,6 +75,20 @@ def test_sample_is_what_the_pipeline_draws_from_the_same_noise(
         assert np.array_equal(one.latent, latent.to(torch.float16).numpy())
 
 
+def test_samples_do_not_depend_on_the_number_of_threads(pipe: StableDiffusionXLPipeline) -> None:
+    requests = [SampleRequest(one, index, index) for one in (RED, BLUE) for index in range(3)]
+    threads = torch.get_num_threads()
+    drawn = []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        drawn.append(draw(pipe, requests, batch_size=2))
+    torch.set_num_threads(threads)
+    for alone, beside in zip(*drawn, strict=True):
+        assert alone.request == beside.request
+        assert np.array_equal(alone.image, beside.image)
+        assert np.array_equal(alone.latent, beside.latent)
+
+
 def test_sample_leaves_the_pipeline_as_it_was(pipe: StableDiffusionXLPipeline) -> None:
     scheduler, config = pipe.scheduler, dict(pipe.config)
     draw(with_scheduler(pipe, "euler"), [SampleRequest(RED, 0, 0)])

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ def generate(
     if missing:
         pipe = load_pipeline(base, device())
         pipe.unet = load_adapter(pipe.unet, adapter)
+        samples = sample(pipe, list(chain(*missing)), sampler, base.resolution, seed, batch_size)
         with encoder("png", base.resolution) as images:
             waiting: list[Encoded] = []
             for batch in progress(missing, len(missing), f"batches of {batch_size}"):
-                samples = sample(pipe, batch, sampler, base.resolution, seed, batch_size)
-                encoded = [(one.request, images.submit(one.image)) for one in samples]
+                encoded = [(one.request, images.submit(one.image)) for one in islice(samples, len(batch))]
                 _write(waiting, output)  # encoded while this batch was sampled
                 waiting = encoded
             _write(waiting, output)

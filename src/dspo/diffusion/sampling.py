@@ -20,7 +20,8 @@ from torch import Tensor
 from dspo.data.images import Pixels
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import Prompt
-from dspo.diffusion.base import TextEmbedding, encode_null, encode_prompts
+from dspo.diffusion.base import LARGE, TextEmbedding, encode_null, encode_prompts
+from dspo.lanes import in_lanes
 from dspo.params import SamplerParams, Scheduler
 
 
@@ -52,16 +53,17 @@ def sample(
     Initial noise depends on ``seed``, the prompt's id and ``noise_index`` alone. The last bits of an image may depend
     on the shape of its batch, so equal bytes need equal batches: ``batch_size`` requests in the order given.
     """
-    pipe = with_scheduler(pipe, sampler.scheduler)
-    texts = list(dict.fromkeys(request.prompt.text for request in requests))
-    embeddings = dict(zip(texts, encode_prompts(pipe, texts), strict=True))
     null = encode_null(pipe)
-    for start in range(0, len(requests), batch_size):
-        batch = requests[start : start + batch_size]
-        conditions = [embeddings[request.prompt.text] for request in batch]
-        images, latents = _sample_batch(pipe, batch, conditions, null, sampler, resolution, seed)
-        for request, image, latent in zip(batch, images, latents, strict=True):
-            yield Sample(request, sampler, image, latent)
+    batches = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
+    conditioned = ((batch, _conditions(pipe, batch)) for batch in batches)
+
+    def sampled(batch: tuple[Sequence[SampleRequest], list[TextEmbedding]]) -> list[Sample]:
+        return _sample_batch(pipe, *batch, null, sampler, resolution, seed)
+
+    # A large image keeps all cores busy, and memory stays that of one batch.
+    done = map(sampled, conditioned) if resolution >= LARGE else in_lanes(sampled, conditioned, pipe.device)
+    for samples in done:
+        yield from samples
 
 
 def with_scheduler(pipe: StableDiffusionXLPipeline, name: Scheduler) -> StableDiffusionXLPipeline:
@@ -85,6 +87,12 @@ def _build_scheduler(name: Scheduler, config: Any) -> SchedulerMixin:
             return EulerDiscreteScheduler.from_config(config)
 
 
+def _conditions(pipe: StableDiffusionXLPipeline, requests: Sequence[SampleRequest]) -> list[TextEmbedding]:
+    texts = list(dict.fromkeys(request.prompt.text for request in requests))
+    embeddings = dict(zip(texts, encode_prompts(pipe, texts), strict=True))
+    return [embeddings[request.prompt.text] for request in requests]
+
+
 def initial_noise(requests: Sequence[SampleRequest], seed: int, shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise [n, *shape], float32 on the CPU; the pipeline scales it to the scheduler's first sigma."""
     noise = []
@@ -102,9 +110,9 @@ def _sample_batch(
     sampler: SamplerParams,
     resolution: int,
     seed: int,
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Images [n, height, width, 3] and last latents [n, 4, h, w]."""
+) -> list[Sample]:
     n = len(requests)
+    pipe = with_scheduler(pipe, sampler.scheduler)
     side = resolution // pipe.vae_scale_factor
     noise = initial_noise(requests, seed, (pipe.unet.config.in_channels, side, side))
     last: list[Tensor] = []
@@ -130,4 +138,5 @@ def _sample_batch(
         ).images
     # As diffusers' own conversion to PIL rounds.
     pixels = (images * 255).round().astype(np.uint8)
-    return pixels, last[0].to("cpu", torch.float16).numpy()
+    latents = last[0].to("cpu", torch.float16).numpy()
+    return [Sample(*one) for one in zip(requests, [sampler] * n, pixels, latents, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,12 @@ def sample_to_shards(
     """
     starts = range(0, len(requests), batch_size)
     missing = distributed.from_first([start for start in starts if not (folder / _name(start)).exists()])
-    own = distributed.share(missing)
+    own = {start: requests[start : start + batch_size] for start in distributed.share(missing)}
+    samples = sample(pipe, list(chain(*own.values())), sampler, resolution, seed, batch_size)
     with encoder("png", resolution) as images:
         encoding: tuple[int, list[dict[str, Any]]] | None = None
         for start in progress(own, len(own), f"sampling {folder.name}"):
-            batch = requests[start : start + batch_size]
-            rows = [_row(s, images) for s in sample(pipe, batch, sampler, resolution, seed, batch_size)]
+            rows = [_row(s, images) for s in islice(samples, len(own[start]))]
             if encoding:  # the batch before, encoded while this one was sampled
                 _write_shard(*encoding, folder)
             encoding = start, rows

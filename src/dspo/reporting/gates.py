@@ -1,7 +1,7 @@
 """The figures that matter and the bounds they must hold: ``python -m dspo.reporting.gates reports/summary.json``.
 
-Exit code 1 if a bound does not hold, 2 if the file is not there or no summary. ``--missed NAME``, once for each, names
-a bound that may be missed and does not count.
+Exit code 1 if a bound does not hold, 2 if the file is not there or no summary. ``--floor NAME=VALUE``, once for each,
+names a figure that may miss its bound, but not this value.
 """
 
 import argparse
@@ -96,7 +96,14 @@ def read_gates(path: Path) -> list[Gate]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m dspo.reporting.gates", description=__doc__)
     parser.add_argument("summary", type=Path)
-    parser.add_argument("--missed", action="append", default=[], metavar="NAME", help="a bound that may be missed")
+    parser.add_argument(
+        "--floor",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=floor,
+        help="a figure that may miss its bound, and the least that it must be",
+    )
     args = parser.parse_args(argv)
     try:
         rows = read_gates(args.summary)
@@ -105,13 +112,20 @@ def main(argv: list[str]) -> int:
         return 2
     print(table(rows) if rows else "no gold judge in this world: nothing to hold the figures against")
     failed = {row.name for row in rows if not row.holds}
-    unknown = set(args.missed) - {row.name for row in rows}
-    if rows and unknown:
-        print(f"error: --missed: no such bound: {'; '.join(sorted(unknown))}", file=sys.stderr)
+    floors = dict(args.floor)
+    values = {row.name: row.value for row in rows}
+    if rows and (unknown := floors.keys() - values.keys()):
+        print(f"error: --floor: no such figure: {'; '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     if failed:
         print(f"{len(failed)} of {len(rows)} bounds do not hold: {'; '.join(sorted(failed))}", file=sys.stderr)
-    return 1 if failed - set(args.missed) else 0
+    excused = {name for name, least in floors.items() if (value := values.get(name)) is not None and value >= least}
+    return 1 if failed - excused else 0
+
+
+def floor(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    return name, float(value)
 
 
 if __name__ == "__main__":

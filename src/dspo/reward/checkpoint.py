@@ -17,12 +17,12 @@ from torch import Tensor
 from dspo.data.files import read_json, write_bytes, write_json
 from dspo.data.images import Pixels
 from dspo.errors import UserError
+from dspo.lanes import in_lanes
 from dspo.params import RewardParams
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.dataset import autocast
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import Trained, load_weights
-from dspo.reward.views import View
 
 CONFIG = "config.json"
 EMA_WEIGHTS = "model.safetensors"
@@ -57,25 +57,26 @@ class RewardScorer:
         """
         if not images:
             return np.zeros((0, len(self.heads)), dtype=np.float32)
-        resized = [self.model.backbone.resize(image) for image in images]
-        mean: NDArray[np.float32] = np.mean(
-            [self._score(resized, captions, view, batch_size) for view in self.model.views], axis=0
-        )
-        return mean
+        device = self.model.backbone.clip.logit_scale.device
+        parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
+        batches = ((images[part], self._tokens(captions[part])) for part in parts)
+        return np.concatenate(list(in_lanes(lambda batch: self._score(*batch), batches, device)))
 
-    def _score(
-        self, images: Sequence[Pixels], captions: Sequence[str], view: View, batch_size: int
-    ) -> NDArray[np.float32]:
+    def _tokens(self, captions: Sequence[str]) -> list[Tensor]:
+        """The captions [n, length] of every view."""
+        return [self.model.backbone.tokenize(view.captions(captions)) for view in self.model.views]
+
+    def _score(self, images: Sequence[Pixels], tokens: Sequence[Tensor]) -> NDArray[np.float32]:
         backbone = self.model.backbone
         device = backbone.clip.logit_scale.device
+        resized = [backbone.resize(image) for image in images]
         scores = []
         with torch.inference_mode(), autocast(device, self.params.dtype):
-            for i in range(0, len(images), batch_size):
-                seen = [view.image(image, backbone.patch) for image in images[i : i + batch_size]]
-                pixels = backbone.preprocess(seen).to(device)
-                tokens = backbone.tokenize(view.captions(captions[i : i + batch_size])).to(device)
-                scores.append(self.model(pixels, tokens).cpu().numpy())
-        return np.concatenate(scores)
+            for view, ids in zip(self.model.views, tokens, strict=True):
+                pixels = backbone.preprocess([view.image(image, backbone.patch) for image in resized])
+                scores.append(self.model(pixels.to(device), ids.to(device)).cpu().numpy())
+        mean: NDArray[np.float32] = np.mean(scores, axis=0)
+        return mean
 
 
 def save_reward(

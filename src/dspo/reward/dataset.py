@@ -19,6 +19,7 @@ from dspo.data.images import ROWS_PER_GROUP, Pixels, decode_image, open_parquet
 from dspo.data.records import HEADS, RATINGS
 from dspo.environment import processes, scratch_root
 from dspo.errors import UserError
+from dspo.lanes import in_lanes
 from dspo.params import Dtype
 from dspo.reward.backbone import Backbone
 from dspo.reward.views import VIEWS, View
@@ -158,9 +159,9 @@ class Stems:
             return self.backbone.text_stem(ids), ids.argmax(-1)
 
     def _keep(self) -> Tensor:
-        batches = range(0, len(self.pairs.images), STEM_BATCH)
         last = len(self.pairs.images)
-        return torch.cat([self._image_stems(np.arange(i, min(i + STEM_BATCH, last))) for i in batches])
+        batches = (np.arange(i, min(i + STEM_BATCH, last)) for i in range(0, last, STEM_BATCH))
+        return torch.cat(list(in_lanes(self._image_stems, batches, self.device)))
 
     def _image_stems(self, rows: Rows) -> Tensor:
         images = list(self._threads.map(self._image, rows.tolist()))

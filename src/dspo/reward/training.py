@@ -20,6 +20,7 @@ from torch import Tensor
 from dspo.data.files import write_bytes
 from dspo.data.keys import keyed_rng
 from dspo.errors import UserError
+from dspo.lanes import in_lanes
 from dspo.params import RewardParams
 from dspo.progress import progress
 from dspo.reward.dataset import Floats, RatedPairs, Rows, Stems, autocast
@@ -244,8 +245,12 @@ def view_differences(model: RewardModel, stems: Stems) -> Floats:
     n = len(stems.pairs)
     distinct, place = distinct_views(stems.pairs, np.arange(n))
     parts = (distinct[i : i + SCORE_BATCH] for i in range(0, len(distinct), SCORE_BATCH))
-    with torch.inference_mode(), autocast(stems.device, stems.dtype):
-        scores = torch.cat([model.score(*view_features(model, stems, part)) for part in parts]).cpu().numpy()
+
+    def scored(part: Rows) -> Tensor:
+        with torch.inference_mode(), autocast(stems.device, stems.dtype):
+            return model.score(*view_features(model, stems, part))
+
+    scores = torch.cat(list(in_lanes(scored, parts, stems.device))).cpu().numpy()
     table: Floats = scores.astype(np.float64)[place.numpy()]
     return table[:n] - table[n:]
 
