@@ -321,11 +321,15 @@ def test_check_names_what_is_missing_and_its_remedy(folder):
 def test_check_passes_where_all_is_there(folder):
     reward = folder / "models" / "reward"
     reward.mkdir(parents=True)
-    (reward / "config.json").write_text('{"untrained": ["detail"]}')
+    backbone = yaml.safe_load(SHIPPED.read_text())["worlds"]["shapes"]["reward"]["backbone"]
+    (reward / "config.json").write_text(json.dumps({"untrained": ["detail"], "params": {"backbone": backbone}}))
     (reward / "model.safetensors").write_bytes(bytes(2**20))
     done = call("check", "--prompts", "prompts.csv")
     assert (done.exit_code, done.stdout.count("\nok")) == (0, 6)
     assert "1 MiB, untrained heads: detail" in done.stdout
+    (reward / "config.json").write_text('{"untrained": [], "params": {"backbone": "ViT-L-14-336-quickgelu"}}')
+    done = call("check", "--prompts", "prompts.csv")
+    assert "MISSING  reward model: models/reward: on ViT-L-14-336-quickgelu, where this world has" in done.stdout
 
 
 def test_check_of_the_hub_world(folder):

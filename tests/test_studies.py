@@ -193,6 +193,15 @@ def test_the_table_compares_and_corrects(params: Params) -> None:
     assert "1 seed for each row" in shown.note and "over prompts, of one seed alone" in shown.note
 
 
+def test_the_correction_for_all_rows_of_the_table_leaves_a_clear_winner(params: Params) -> None:
+    losing, winning = ([result(gold, count=100)] * 2 for gold in (0.1, 0.9))
+    finals = {arm.name: losing for arm in ARMS} | {"dspo": winning}
+    figures = table(finals, result(0.4, count=100), 100, params)
+    assert {row["second"] for row in figures["head_to_head"] if row["first"] == "dspo" and row["separable"]} >= {
+        "sft", "dpo"
+    }  # fmt: skip
+
+
 def test_the_base_is_judged_at_every_setting_with_intervals(params: Params) -> None:
     judged = ((0.2, False), (0.4, True), (0.6, True), (0.8, True))
     scores = [GoldScore(overall, 0, 0, 0, 0, right, 0, 0, {}, ()) for overall, right in judged]

@@ -54,7 +54,7 @@ def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Chec
     yield _base_model(params.active.base)
     if params.active.reward.pretrained is not None:
         yield _reward_backbone(params.active.reward)
-    yield _reward_model(reward)
+    yield _reward_model(reward, params.active.reward)
     if params.active.evaluate.foreign_judges:
         yield _judges(params.active.evaluate.foreign_judges)
     yield _device(params)
@@ -113,7 +113,7 @@ def _weights(name: str, found: str, absent: Sequence[Missing]) -> Check:
     return Check(name, "; ".join(one.what for one in absent), "\n            ".join(one.remedy for one in absent))
 
 
-def _reward_model(folder: Path) -> Check:
+def _reward_model(folder: Path, wanted: RewardParams) -> Check:
     remedy = f"dvc repro train_reward   or, where a remote holds it:   dvc pull {folder}"
     weights = folder / "model.safetensors"
     for path in (folder / "config.json", weights):
@@ -123,6 +123,9 @@ def _reward_model(folder: Path) -> Check:
         config, size = read_json(folder / "config.json"), weights.stat().st_size
     except UserError as error:
         return Check("reward model", str(error), remedy)
+    if config["params"]["backbone"] != wanted.backbone:
+        of = f"{folder}: on {config['params']['backbone']}, where this world has {wanted.backbone}"
+        return Check("reward model", of, remedy)
     untrained = ", ".join(config["untrained"])
     return Check(
         "reward model", f"{folder}: {size / 2**20:.0f} MiB" + (f", untrained heads: {untrained}" if untrained else "")

@@ -152,7 +152,7 @@ def _named(place: str, revision: str | None) -> str:
 
 def _arguments(place: str, revision: str | None, dtype: str, more: Sequence[str] = ()) -> str:
     pinned = [f'revision="{revision}"'] if revision else []
-    return ", ".join([f'"{place}"', *pinned, *more, f"torch_dtype=torch.{dtype}"])
+    return ", ".join([f'"{place}"', *pinned, *more, f"dtype=torch.{dtype}"])
 
 
 def _base_arguments(base: BaseModelParams) -> str:
