@@ -184,9 +184,9 @@ def test_the_table_compares_and_corrects(params: Params) -> None:
     settings = {"trials": 1, "seeds": 2, "epochs": 8, "prompts": 4, "images_per_prompt": 2}
     (shown,) = study_tables({"losses": figures | {"settings": settings}})
     text = markdown(shown)
-    assert "| dspo | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text and "| ran away |" in text
+    assert "| dspo | 1.00 (1.00 to 1.00) | 1.00* (1.00 to 1.00) |" in text and "| ran away |" in text
     assert "1 trial on validation prompts and 2 seeds" in text and "over seeds and prompts" in text
-    assert "dspo, two-sided over capo: 1.00" in text
+    assert "dspo, two-sided over capo: 1.00* (" in text
     matched = {row[0]: row[shown.columns.index("at sft's drift")] for row in shown.rows}
     assert matched["dpo"].startswith("-0.2") and matched["dpo"].endswith(" at 1.0e-01")
     (shown,) = study_tables({"losses": figures | {"settings": settings | {"seeds": 1}}})
