@@ -327,6 +327,8 @@ def test_check_passes_where_all_is_there(folder):
     done = call("check", "--prompts", "prompts.csv")
     assert (done.exit_code, done.stdout.count("\nok")) == (0, 6)
     assert "1 MiB, untrained heads: detail" in done.stdout
+    (reward / "config.json").write_text("{}")
+    assert "config.json: not the config of a reward model" in call("check", "--prompts", "prompts.csv").stdout
     (reward / "config.json").write_text('{"untrained": [], "params": {"backbone": "ViT-L-14-336-quickgelu"}}')
     done = call("check", "--prompts", "prompts.csv")
     assert "MISSING  reward model: models/reward: on ViT-L-14-336-quickgelu, where this world has" in done.stdout

@@ -16,6 +16,7 @@ from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import RewardScorer, save_reward
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import Trained, current_weights
+from dspo.reward.views import VIEWS
 
 
 def model(folder: Path, fusion: bool = True) -> tuple[RewardModel, RewardScorer]:
@@ -60,6 +61,18 @@ def test_a_look_gives_the_scores_and_every_head_and_word(tmp_path: Path, image: 
     with recorded({"it": built.fusion.pool_prompted.attention}):
         pass
     assert not built.fusion.pool_prompted.attention._forward_pre_hooks
+
+
+def test_the_look_is_at_the_image_as_it_is_whatever_views_are_scored(tmp_path: Path, image: np.ndarray) -> None:
+    built, scorer = model(tmp_path)
+    plain = look(scorer, "red left of blue", image)
+    built.views = VIEWS
+    viewed = look(scorer, "red left of blue", image)
+    assert viewed.scores != plain.scores
+    for head, map_ in plain.heads.items():
+        np.testing.assert_array_equal(viewed.heads[head], map_)
+    for (_, before), (_, after) in zip(plain.words, viewed.words, strict=True):
+        np.testing.assert_array_equal(after, before)
 
 
 def test_a_map_lies_on_the_image_as_its_patches_do(tmp_path: Path, image: np.ndarray) -> None:

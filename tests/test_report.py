@@ -371,9 +371,10 @@ def test_a_figure_may_miss_its_bound_down_to_its_floor(tmp_path: Path, capsys: p
     write_json(summary, path)
     assert gates_main([str(path), "--floor", f"{name}=0.5"]) == 0
     assert gates_main([str(path), "--floor", f"{name}=0.51"]) == 1
-    summary["evaluation"]["gold"]["win_rate"] = 0.6
+    summary["evaluation"]["hacks"]["blur"]["gold"]["win_rate"] = 0.99
     write_json(summary, path)
-    assert gates_main([str(path), "--floor", f"{name}=0.5"]) == 1
+    upper = "gold win rate of a hack, the highest"
+    assert gates_main([str(path), "--floor", f"{name}=0.5", "--floor", f"{upper}=0.1"]) == 1
     assert gates_main([str(path), "--floor", "no such=0.5"]) == 2
     assert "no such figure: no such" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from dspo.data.images import write_table
 from dspo.data.prompts import Prompt
 from dspo.data.records import HEADS
 from dspo.diffusion.base import load_pipeline
+from dspo.errors import UserError
 from dspo.params import Params, load_params
 from dspo.preference.dataset import Pairs
 from dspo.preference.dora import add_dora, add_lora
@@ -235,6 +236,14 @@ def test_a_trial_is_made_once(params: Params, tmp_path: Path, monkeypatch: pytes
     again = trials.run(recipe, on)
     assert again is not None and np.array_equal(again.scores["gold_overall"], tuned.scores["gold_overall"])
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json"]
+
+    def full(*_: object, **__: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(trials_module, "train", full)
+    with pytest.raises(UserError, match="full"):  # what a user mends is no result
+        trials.run(Recipe("reward", params.active.train, seed=4), on)
+    assert len(list(tmp_path.glob("*.json"))) == 2
     assert np.array_equal(Trials(params, Brightness(), trials.pairs, tmp_path / "new").base(on).scores["gold_overall"],
                           base.scores["gold_overall"])  # type: ignore[arg-type]  # fmt: skip
 

@@ -123,10 +123,12 @@ def _reward_model(folder: Path, wanted: RewardParams) -> Check:
         config, size = read_json(folder / "config.json"), weights.stat().st_size
     except UserError as error:
         return Check("reward model", str(error), remedy)
-    if config["params"]["backbone"] != wanted.backbone:
-        of = f"{folder}: on {config['params']['backbone']}, where this world has {wanted.backbone}"
-        return Check("reward model", of, remedy)
-    untrained = ", ".join(config["untrained"])
+    try:
+        on, untrained = config["params"]["backbone"], ", ".join(config["untrained"])
+    except (KeyError, TypeError) as error:
+        return Check("reward model", f"{folder / 'config.json'}: not the config of a reward model ({error})", remedy)
+    if on != wanted.backbone:
+        return Check("reward model", f"{folder}: on {on}, where this world has {wanted.backbone}", remedy)
     return Check(
         "reward model", f"{folder}: {size / 2**20:.0f} MiB" + (f", untrained heads: {untrained}" if untrained else "")
     )

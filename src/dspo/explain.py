@@ -59,7 +59,10 @@ def explain(prompt: str, image: Path, reward: Path, output: Path) -> Explanation
 
 
 def look(scorer: RewardScorer, prompt: str, image: Pixels) -> Explanation:
-    """The scores, and the attention weights of the very pass that gave them. Raises :class:`UserError` as above."""
+    """The scores, and the attention weights of the pass over the image as it is, the first of the model's views.
+
+    Raises :class:`UserError` as above.
+    """
     fusion, backbone = scorer.model.fusion, scorer.model.backbone
     if not isinstance(fusion, Fusion):
         raise UserError(
@@ -103,13 +106,14 @@ def look(scorer: RewardScorer, prompt: str, image: Pixels) -> Explanation:
 
 @contextmanager
 def recorded(attentions: dict[str, CrossAttention]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that each module's weights [n_queries, n_context] come into when it is called."""
+    """Yield a dictionary that each module's weights [n_queries, n_context] come into when it is first called."""
     weights: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             assert isinstance(module, CrossAttention)
-            weights[name] = attention_weights(module, *inputs)[0].cpu()
+            if name not in weights:
+                weights[name] = attention_weights(module, *inputs)[0].cpu()
 
         return hook
 

@@ -93,7 +93,7 @@ def resolved(world: World, prompts_file: Path, num_pairs: int) -> tuple[list[Pro
     prompts = read_prompts(prompts_file, world.prompts.max_characters)
     if len(prompts) < 2:
         raise UserError(f"{prompts_file}: at least 2 prompts are needed: one is held out to choose the best epoch by.")
-    enough = max(2, math.ceil(num_pairs / world.score.max_pairs_per_prompt))
+    enough = max(2, num_pairs // world.score.max_pairs_per_prompt)
     prompts = sorted(prompts, key=lambda p: p.id)[:enough]
     return prompts, with_pairs_per_prompt(world, num_pairs // len(prompts))
 

@@ -41,7 +41,7 @@ def encoder(image_format: ImageFormat, resolution: int) -> Iterator[Encoder]:
         return
     # "spawn": a fork would copy locks that torch's threads may hold
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(WORKERS, mp_context=spawn, initializer=end_with_parent) as pool:
         yield Encoder(image_format, pool)
 
 
@@ -62,8 +62,8 @@ def _encode(image: Pixels, name: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def end_with_parent() -> None:
+    """For a worker process: if its parent was killed it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from dspo.data.images import Pixels
 from dspo.data.keys import keyed_seed
 from dspo.data.prompts import Prompt
-from dspo.diffusion.base import LARGE, TextEmbedding, encode_null, encode_prompts
+from dspo.diffusion.base import TextEmbedding, encode_null, encode_prompts
 from dspo.lanes import in_lanes
 from dspo.params import SamplerParams, Scheduler
 
@@ -60,9 +60,7 @@ def sample(
     def sampled(batch: tuple[Sequence[SampleRequest], list[TextEmbedding]]) -> list[Sample]:
         return _sample_batch(pipe, *batch, null, sampler, resolution, seed)
 
-    # A large image keeps all cores busy, and memory stays that of one batch.
-    done = map(sampled, conditioned) if resolution >= LARGE else in_lanes(sampled, conditioned, pipe.device)
-    for samples in done:
+    for samples in in_lanes(sampled, conditioned, pipe.device, resolution):
         yield from samples
 
 

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from dspo import distributed
 from dspo.data.codecs import Encoder, encoder
-from dspo.data.images import decode_image, encode_png, read_shards, write_table
+from dspo.data.images import decode_image, read_shards, write_table
 from dspo.data.prompts import Prompt
 from dspo.data.records import CANDIDATES
 from dspo.diffusion.sampling import Sample, SampleRequest, sample
@@ -126,10 +126,8 @@ class Images:
         return self.take(np.flatnonzero(mask))
 
     def with_images(self, images: list[Image]) -> "Images":
-        """Other pictures in the same rows, not judged yet."""
-        column = self.table.column_names.index("image")
-        encoded = pa.array([encode_png(image) for image in images], pa.binary())
-        return Images(self.table.set_column(column, "image", encoded), images, {})
+        """Other pictures in the same rows, not judged yet and not to be written."""
+        return Images(self.table.drop_columns("image"), images, {})
 
     def write(self, path: Path) -> None:
         table = self.table

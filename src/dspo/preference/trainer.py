@@ -220,11 +220,15 @@ def read(steps: list[Step], n_timesteps: int, log: list[Row], path: Path) -> Non
         append_row(path, row)
 
 
+class RanAway(UserError):
+    """A value is no number: no later step would mend it."""
+
+
 def check_finite(name: str, value: float, step: float | None) -> None:
-    """Raises :class:`UserError` at a value that is no number: no later step would mend it."""
+    """Raises :class:`RanAway` at a value that is no number."""
     if not math.isfinite(value):
         remedy = "lower train.lr or train.beta" if step else "set base.dtype to float32: the base model overflows"
-        raise UserError(f"train: the {name} is {value} at step {step}; {remedy}")
+        raise RanAway(f"train: the {name} is {value} at step {step}; {remedy}")
 
 
 def resume(adapter: Adapter, optimizer: torch.optim.Optimizer, params: TrainParams, folder: Path) -> TrainingState:

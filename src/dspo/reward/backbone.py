@@ -66,6 +66,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.clip = clip
         self.tokenizer = tokenizer
+        self.side = int(clip.visual.image_size[0])  # of the square image that it sees, in pixels
         self.frozen_image_blocks = len(clip.visual.transformer.resblocks) - unlocked_image_blocks
         self.frozen_text_blocks = len(clip.transformer.resblocks) - unlocked_text_blocks
         if self.frozen_image_blocks < 0 or self.frozen_text_blocks < 0:
@@ -127,7 +128,7 @@ class Backbone(nn.Module):
 
     def resize(self, image: Pixels) -> Pixels:
         """The middle of an image at the backbone's size, uint8 [size, size, 3]; one of that size stays as it is."""
-        return _resize(image, int(self.clip.visual.image_size[0]))
+        return _resize(image, self.side)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Token ids [batch, length], cut to the longest caption of the batch (attention is causal)."""

@@ -57,10 +57,11 @@ class RewardScorer:
         """
         if not images:
             return np.zeros((0, len(self.heads)), dtype=np.float32)
-        device = self.model.backbone.clip.logit_scale.device
+        backbone = self.model.backbone
         parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
         batches = ((images[part], self._tokens(captions[part])) for part in parts)
-        return np.concatenate(list(in_lanes(lambda batch: self._score(*batch), batches, device)))
+        device = backbone.clip.logit_scale.device
+        return np.concatenate(list(in_lanes(lambda batch: self._score(*batch), batches, device, backbone.side)))
 
     def _tokens(self, captions: Sequence[str]) -> list[Tensor]:
         """The captions [n, length] of every view."""

@@ -161,7 +161,7 @@ class Stems:
     def _keep(self) -> Tensor:
         last = len(self.pairs.images)
         batches = (np.arange(i, min(i + STEM_BATCH, last)) for i in range(0, last, STEM_BATCH))
-        return torch.cat(list(in_lanes(self._image_stems, batches, self.device)))
+        return torch.cat(list(in_lanes(self._image_stems, batches, self.device, self.backbone.side)))
 
     def _image_stems(self, rows: Rows) -> Tensor:
         images = list(self._threads.map(self._image, rows.tolist()))

@@ -250,7 +250,7 @@ def view_differences(model: RewardModel, stems: Stems) -> Floats:
         with torch.inference_mode(), autocast(stems.device, stems.dtype):
             return model.score(*view_features(model, stems, part))
 
-    scores = torch.cat(list(in_lanes(scored, parts, stems.device))).cpu().numpy()
+    scores = torch.cat(list(in_lanes(scored, parts, stems.device, model.backbone.side))).cpu().numpy()
     table: Floats = scores.astype(np.float64)[place.numpy()]
     return table[:n] - table[n:]
 

@@ -1,13 +1,12 @@
 """The gold judge over many pictures, spread over processes."""
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dspo.data.codecs import end_with_parent
 from dspo.data.images import decode_image
 from dspo.progress import progress
 from dspo.shapes.gold import GoldScore, judge
@@ -27,22 +26,10 @@ def judge_all(
     if processes == 1 or len(items) < 64:  # below that, starting processes costs more than it saves
         return list(progress(map(_judge_one, items), len(items), "gold judge"))
     # "spawn": a fork would copy locks that torch's threads may hold
-    with multiprocessing.get_context("spawn").Pool(processes, initializer=_end_with_parent) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=end_with_parent) as pool:
         return list(progress(pool.imap(_judge_one, items, chunksize=16), len(items), "gold judge"))
 
 
 def _judge_one(item: Item) -> GoldScore:
     image, prompt, where = item
     return judge(decode_image(image, where) if isinstance(image, bytes) else image, prompt)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

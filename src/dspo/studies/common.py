@@ -67,7 +67,9 @@ def study_folder(name: str, what_decides: Mapping[str, Any], inputs: Iterable[Pa
     Of the code only what decides an adapter and its judgement counts, so that a new table does not cost a day.
     """
     source = Path(dspo.__file__).parent
-    code = [file for part in ("diffusion", "preference", "reward", "shapes") for file in (source / part).glob("*.py")]
+    parts = ("data", "diffusion", "preference", "reward", "shapes")
+    code = [file for part in parts for file in (source / part).glob("*.py")]
+    code += [source / name for name in ("evaluation/judges.py", "studies/pair_sets.py", "studies/trials.py")]
     folder = scratch_root() / "studies" / name / fingerprint(what_decides, inputs, sorted(code))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -19,7 +19,6 @@ from dspo.data.prompts import Prompt
 from dspo.diffusion.base import load_pipeline
 from dspo.diffusion.sampling import sample
 from dspo.environment import device
-from dspo.errors import UserError
 from dspo.evaluation.judges import Judges
 from dspo.evaluation.paired import evaluation_requests
 from dspo.params import Params, TrainParams
@@ -28,7 +27,7 @@ from dspo.preference.dora import Adapter, add_dora, add_lora
 from dspo.preference.losses import Needs
 from dspo.preference.method import predict
 from dspo.preference.schedule import NoiseSchedule
-from dspo.preference.trainer import train
+from dspo.preference.trainer import RanAway, train
 from dspo.studies.common import cached
 
 HELD_OUT_PAIRS = 10  # watched while training; nothing is chosen by them
@@ -116,7 +115,7 @@ class Trials:
                 folder,
                 permute_k=recipe.permute_k,
             )
-        except UserError as error:
+        except RanAway as error:
             return {"recipe": recipe.as_json(), "error": str(error)}
         seconds = time.monotonic() - start
         drift = self._drift(adapter, recipe.train.batch_size)
