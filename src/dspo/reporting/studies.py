@@ -162,8 +162,8 @@ def _overopt(study: Json) -> Table:
     note = (
         f"{falls or 'Gold never falls'}; the detector fires on {len(study['detector_fires_on'])}. "
         f"{settings['prompts']} fresh prompts with {settings['images_per_prompt']} images. Win rates over base by the "
-        "reward that was trained on and by judges that were not; strength is times the learning rate; c is the raters' "
-        "wrong taste."
+        "reward that was trained on (its head overall) and by judges that were not; strength is times the learning "
+        "rate; c is the raters' wrong taste."
     )
     columns = ("raters and training", *(JUDGES[judge] for judge in judges), "drift", "detector")
     return Table("Where the proxy rises and gold does not", columns, rows, note)
