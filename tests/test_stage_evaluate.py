@@ -3,8 +3,9 @@
 import json
 import runpy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from tiny import save_tiny_pipeline, tiny_unet
 from dspo.data.images import decode_image
 from dspo.data.keys import prompt_id
 from dspo.data.prompts import Prompt, write_split
+from dspo.diffusion.sampling import Sample
 from dspo.errors import UserError
 from dspo.evaluation import paired
 from dspo.params import load_params
@@ -156,22 +158,24 @@ def test_results(evaluation: Path) -> None:
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     project: Path, evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampled = []
-
-    def dying(*args: object) -> object:
-        if len(sampled) == 4:  # base has three batches, default one
-            raise KeyboardInterrupt
-        sampled.append(args)
-        return original(*args)
-
     original = paired.sample
-    monkeypatch.setattr(paired, "sample", dying)
+    drawn: list[Sample] = []
+
+    def counted(*args: Any) -> Iterator[Sample]:
+        for one in original(*args):
+            if len(drawn) == dies_at:
+                raise KeyboardInterrupt
+            drawn.append(one)
+            yield one
+
+    dies_at = 4 + 4 + 1  # in the third batch of base, the second one's images not yet written
+    monkeypatch.setattr(paired, "sample", counted)
     with pytest.raises(KeyboardInterrupt):
         run_stage(project, tmp_path, monkeypatch)
     assert not (tmp_path / "evaluation").exists()
-    monkeypatch.setattr(paired, "sample", lambda *args: sampled.append(args) or original(*args))
+    drawn, dies_at = [], -1
     assert contents(run_stage(project, tmp_path, monkeypatch)) == contents(evaluation)
-    assert len(sampled) == 3 + 1 + 3  # nothing twice
+    assert len(drawn) == (4 + 2) + 2 + (4 + 4 + 2)  # base, default, tuned: the first batch is not sampled twice
 
 
 def test_a_world_without_other_judges_reports_the_reward_alone(
