@@ -245,7 +245,7 @@ def _pairs(pipe: StableDiffusionXLPipeline, n: int, resolution: int) -> Pairs:
     generator = torch.Generator().manual_seed(SEED)
     side = resolution // pipe.vae_scale_factor
     winners, losers = torch.randn(2, n, 4, side, side, generator=generator).half()
-    text = encode_prompts(pipe, [*PROMPTS, ""])
+    text = list(encode_prompts(pipe, [*PROMPTS, ""]))
     return Pairs(
         ids=[str(i) for i in range(n)],
         latents_w=winners,

@@ -72,6 +72,12 @@ def test_publish_puts_everything_in_place_and_leaves_no_scratch(folder):
     assert tree(folder / "scratch") == {}
 
 
+def test_a_scratch_folder_that_cannot_be_written(folder, monkeypatch):
+    monkeypatch.setenv("DSPO_SCRATCH", str(folder / "input.txt"))
+    with pytest.raises(UserError, match=r"nothing can be written here \(Not a directory\)\. Set DSPO_SCRATCH"):
+        open_scratch("demo", {}, [])
+
+
 def test_outputs_can_be_read_by_everybody(folder):
     """Whoever pulls an adapter from shared storage is not who wrote it."""
     scratch = open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])

@@ -214,8 +214,9 @@ def test_the_adapter_is_used(folder, models, tmp_path):
 def test_output_of_another_adapter_or_setting_is_refused(folder, models, tmp_path):
     generate(models / "adapter")
     write_adapter(tmp_path / "other", str(models / "base"), value=0.0)
-    with pytest.raises(UserError, match=r"out: holds images made with another adapter\. Give another --output"):
-        generate(tmp_path / "other")
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=r"out: holds images made with another adapter\. Give another --output"):
+            generate(tmp_path / "other", "out", *more)
     text = (folder / "params.yaml").read_text().replace("steps: 2", "steps: 3")
     (folder / "params.yaml").write_text(text)
     with pytest.raises(UserError, match="made with another sampler"):
@@ -446,8 +447,8 @@ def test_without_a_reward_model_the_command_that_makes_one_is_named(plain_prompt
 
 
 def test_train_needs_two_prompts(plain_prompts, reward):
-    (plain_prompts / "one.csv").write_text("prompt\na cat\n")
-    with pytest.raises(UserError, match=r"one\.csv: at least 2 prompts are needed"):
+    (plain_prompts / "one.csv").write_text("prompt,weight\na cat,1\na dog,0\n")  # nothing is learnt from the dog
+    with pytest.raises(UserError, match=r"one\.csv: at least 2 prompts with a weight above 0 are needed"):
         train(reward, "out", prompts="one.csv")
 
 

@@ -1,7 +1,10 @@
+import io
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image
 
 from dspo.data.files import read_json, write_json
 from dspo.data.images import decode_image, encode_png, read_shards, read_table, table_writer, write_table
@@ -13,6 +16,26 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
 def test_png_is_exact_and_deterministic():
     assert encode_png(IMAGE) == encode_png(IMAGE.copy())
     assert np.array_equal(decode_image(encode_png(IMAGE), "here"), IMAGE)
+
+
+def test_images_are_read_as_people_see_them():
+    turned, grey = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise by whoever shows it
+    Image.fromarray(IMAGE).save(turned, "PNG", exif=exif)
+    assert np.array_equal(decode_image(turned.getvalue(), "here"), np.rot90(IMAGE, -1))
+    Image.fromarray(np.full((8, 6), 30000, np.uint16)).save(grey, "PNG")
+    with pytest.raises(UserError, match=r"here: the image does not decode \(16 bits per channel"):
+        decode_image(grey.getvalue(), "here")
+
+
+def test_a_damaged_image_of_any_codec_is_one_error():
+    for codec in ("PNG", "JPEG", "WEBP", "AVIF"):
+        whole = io.BytesIO()
+        Image.fromarray(IMAGE).save(whole, codec)
+        damaged = whole.getvalue()[: len(whole.getvalue()) // 2]
+        with pytest.raises(UserError, match="here: the image does not decode"):
+            decode_image(damaged, "here")
 
 
 def test_table_bytes_depend_on_the_rows_alone(tmp_path):

@@ -369,6 +369,12 @@ def test_saved_adapter_loads_through_stock_peft(tmp_path: Path, dtype: torch.dty
     assert torch.equal(output(load_adapter(unet().to(dtype), tmp_path), dtype), stock)
 
 
+def test_a_loaded_adapter_takes_no_device_but_the_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_dora(unet(), params(), seed=0).save(tmp_path, "models/base")
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("peft chose a device by itself"))
+    load_adapter(unet(), tmp_path)
+
+
 def test_config_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import test_dora as t\n"

@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def test_other_programs_load_the_tuned_unet(name, models, write):
     assert reported.residual.output <= share * reported.residual.effect
     assert reported.size == sum(path.stat().st_size for path in [output, *output.rglob("*")] if path.is_file())
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+    files = [path for path in [output, *output.rglob("*")] if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}  # ComfyUI's user is another one
 
 
 @pytest.mark.parametrize("name", ["diffusers", "pipeline", "kohya"])

@@ -278,6 +278,13 @@ TRAIN3 = [("a cat", 1, 2, None), ("a dog", 1, 2, None)]
         (csv_error(SHARES, "p", "1.png", "2.png", 1, "nan"), r"r\.csv, row 2: detail is 'nan'"),
         (csv_error(SHARES, "p", "1.png", "2.png", 1, "", "x"), r"r\.csv, row 2: more cells than the header has"),
         (csv_error("prompt,image,overall", "p", "9.png", 1), r"r\.csv, row 2: the image .*9\.png cannot be read"),
+        (
+            csv_error("prompt,image,overall", "a cat", "1.png", 2),
+            r"row 1: the rows of this prompt have the same image",
+        ),
+        (csv_error(SHARES, "p", "1.png", "1.png", 1, ""), r"r\.csv, row 2: both images are the same"),
+        (csv_error("prompt,winner,loser,detail", "p", "1.png", "2.png", 1), "the column detail is not read"),
+        (csv_error("prompt,image,overall,weight", "p", "1.png", 1, 2), "the column weight is not read"),
         (csv_error("prompt,picture", "p", "1.png"), r"r\.csv: the header is 'prompt,picture', expected prompt,image_0"),
         (pickapic_error(caption="  "), r"p\.parquet, row 2: no prompt"),
         (pickapic_error(label_0=0.7), r"p\.parquet, row 2: labels 0\.7 and 0\.0"),

@@ -65,6 +65,21 @@ def test_stem_and_top_give_open_clips_own_tokens(clip_name: str, unlocked: int) 
     torch.testing.assert_close(text.embedding, expected["text_features"])
 
 
+def test_recomputed_blocks_have_the_same_gradients_and_keep_less(clip_name: str) -> None:
+    params = reward_params(clip_name, unlocked_image_blocks=3, unlocked_text_blocks=2)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model = randomised(build_model(params, 0, CPU))
+        model.backbone.recompute = recompute
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):  # noqa: B023
+            scores = model(some_pixels(model), model.backbone.tokenize(CAPTIONS))
+        kept.append(sum(saved))
+        gradients.append(torch.autograd.grad(scores.square().sum(), list(model.trained_parameters().values())))
+    assert kept[1] < kept[0] / 3
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("size", [(16, 16), (40, 25), (10, 31)])
 def test_preprocessing_is_open_clips(clip_name: str, size: tuple[int, int]) -> None:
     _, _, transform = open_clip.create_model_and_transforms(clip_name)

@@ -152,13 +152,13 @@ def test_guidance_of_1_samples_without_the_null_prompt(pipe: StableDiffusionXLPi
 
 def test_prompts_are_encoded_in_their_order_whatever_the_batch(pipe: StableDiffusionXLPipeline) -> None:
     texts = [RED.text, BLUE.text, "a"]
-    small, large = encode_prompts(pipe, texts, batch_size=1), encode_prompts(pipe, texts, batch_size=64)
+    small, large = (list(encode_prompts(pipe, texts, batch_size=size)) for size in (1, 64))
     assert large[0].embeds.shape == (TOKENS, 2 * TEXT_WIDTH)
     assert large[0].pooled.shape == (TEXT_WIDTH,)
     for a, b in zip(small, large, strict=True):
         torch.testing.assert_close(a.embeds, b.embeds)
         torch.testing.assert_close(a.pooled, b.pooled)
-    assert encode_prompts(pipe, []) == []
+    assert list(encode_prompts(pipe, [])) == []
 
 
 def test_null_is_what_guidance_uses() -> None:
@@ -166,7 +166,7 @@ def test_null_is_what_guidance_uses() -> None:
     assert not encode_null(pipe).embeds.any()
     assert not encode_null(pipe).pooled.any()
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    null, empty = encode_null(pipe), encode_prompts(pipe, [""])[0]
+    null, empty = encode_null(pipe), next(encode_prompts(pipe, [""]))
     assert torch.equal(null.embeds, empty.embeds)
     assert torch.equal(null.pooled, empty.pooled)
 
@@ -200,7 +200,7 @@ def test_text_encoders_alone_see_the_same(tmp_path: Path, pipe: StableDiffusionX
     text_only = load_text_encoders(base_params(save_tiny_pipeline(tmp_path / "base")), CPU)
     assert text_only.unet is None
     assert text_only.vae is None
-    ours, whole = encode_prompts(text_only, [RED.text])[0], encode_prompts(pipe, [RED.text])[0]
+    ours, whole = (next(encode_prompts(one, [RED.text])) for one in (text_only, pipe))
     assert torch.equal(ours.embeds, whole.embeds)
     assert torch.equal(ours.pooled, whole.pooled)
     assert torch.equal(encode_null(text_only).embeds, encode_null(pipe).embeds)

@@ -43,14 +43,9 @@ def generate(
     there when all images do. Raises :class:`UserError` if ``output`` holds images of another adapter or other
     settings, or if the adapter is damaged or of another base.
     """
-    settings = {
-        "adapter": _hash(adapter),
-        "base": base.model_dump(),
-        "sampler": sampler.model_dump(),
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    _claim(output, settings)
+    settings = run_settings(base, adapter, sampler, seed, batch_size)
+    check_output(output, settings)
+    write_json(settings, output / RUN)
     missing = missing_batches(prompts, seeds_per_prompt, batch_size, output)
     if missing:
         pipe = load_pipeline(base, device())
@@ -100,11 +95,23 @@ def adapter_folder(model: Path) -> Path:
     )
 
 
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Make ``output`` this run's, or make sure that it already is. A run that made no image has no claim."""
+def run_settings(
+    base: BaseModelParams, adapter: Path, sampler: SamplerParams, seed: int, batch_size: int
+) -> dict[str, Any]:
+    """Everything that decides the images, as JSON values."""
+    return {
+        "adapter": _hash(adapter),
+        "base": base.model_dump(),
+        "sampler": sampler.model_dump(),
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+
+
+def check_output(output: Path, settings: dict[str, Any]) -> None:
+    """Raise :class:`UserError` if ``output`` holds images of another run."""
     path = output / RUN
     if not path.exists() or not any(output.glob("images/*")):
-        write_json(settings, path)
         return
     different = [name for name, value in settings.items() if read_json(path).get(name) != value]
     if different:

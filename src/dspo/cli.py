@@ -161,14 +161,17 @@ def import_pairs(
     reward_model: Annotated[
         Path | None, typer.Option(file_okay=False, help="score the images with this reward model as well")
     ] = None,
+    prompts: Annotated[
+        Path, typer.Option(dir_okay=False, help="pairs of this list's test prompts are left out")
+    ] = Path("data/prompts.csv"),
     model_name: ModelName = None,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Bring pairs that people made elsewhere into the form that preference training reads."""
     from dspo.data.readers import READERS, guess_layout  # costly
 
-    if layout is not None and layout not in READERS:
-        raise UserError(f"--layout {layout}: expected one of {', '.join(READERS)}")
+    if layout not in (None, "mixed", *READERS):
+        raise UserError(f"--layout {layout}: expected one of {', '.join(READERS)}, mixed")
     layout = layout or guess_layout(source)
     if reward_model is not None:
         check_reward(reward_model)
@@ -178,11 +181,12 @@ def import_pairs(
     changed = settings.model_copy(update={"worlds": {settings.world: world}})
     from dspo.import_pairs import import_pairs as bring  # costly; mistakes above are told at once
 
-    summary = bring(changed, source, layout, reward_model, output)
+    check_writable(output.absolute().parent)
+    summary = bring(changed, source, layout, reward_model, prompts, output)
     left = summary["left_out"]
     typer.echo(
         f"{output}: {summary['pairs_train']} pairs to train on, {summary['pairs_validation']} held out; "
-        f"left out: {left['ties']} ties, {left['repeated']} repeated"
+        f"left out: {left['ties']} ties, {left['repeated']} repeated, {left['test_prompts']} of test prompts"
     )
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from safetensors import safe_open
 
-from dspo.batch import ADAPTER_FILES, missing_batches
+from dspo.batch import check_output, missing_batches, run_settings
 from dspo.data.files import read_json
 from dspo.data.prompts import Prompt
 from dspo.errors import UserError
@@ -25,6 +24,7 @@ from dspo.estimate import (
     with_adapter,
 )
 from dspo.params import BaseModelParams, Params, RewardParams, SamplerParams, World
+from dspo.preference.dora import tensor_shapes
 from dspo.preference.pairs import held_out_prompts
 from dspo.quick_train import resolved
 from dspo.reward.checkpoint import CONFIG
@@ -102,9 +102,9 @@ def plan_generation(
 ) -> str:
     """What `dspo batch-generate` would do, given what ``output`` already holds."""
     sampler, batch_size = params.active.evaluate.sampler, params.active.evaluate.batch_size
+    check_output(output, run_settings(base_params, adapter, sampler, params.seed, batch_size))
     base = load_base(base_params)
-    with safe_open(adapter / ADAPTER_FILES[1], framework="pt") as file:
-        trained = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  it has no __iter__
+    trained = sum(map(math.prod, tensor_shapes(adapter).values()))
     images = sum(len(batch) for batch in missing_batches(prompts, seeds, batch_size, output))
     total = len(prompts) * seeds
     peak = sampling_peak(base, base_params.resolution, min(batch_size, total))

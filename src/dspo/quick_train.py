@@ -90,9 +90,12 @@ def resolved(world: World, prompts_file: Path, num_pairs: int) -> tuple[list[Pro
 
     Raises :class:`UserError` for a bad prompt list, or one prompt alone.
     """
-    prompts = read_prompts(prompts_file, world.prompts.max_characters)
+    prompts = [p for p in read_prompts(prompts_file, world.prompts.max_characters) if p.weight]
     if len(prompts) < 2:
-        raise UserError(f"{prompts_file}: at least 2 prompts are needed: one is held out to choose the best epoch by.")
+        raise UserError(
+            f"{prompts_file}: at least 2 prompts with a weight above 0 are needed: one is held out to choose the best "
+            "epoch by."
+        )
     enough = max(2, num_pairs // world.score.max_pairs_per_prompt)
     prompts = sorted(prompts, key=lambda p: p.id)[:enough]
     return prompts, with_pairs_per_prompt(world, num_pairs // len(prompts))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dspo.data.files import COMES_FROM, whole_file
 from dspo.errors import UserError
@@ -27,11 +27,17 @@ def encode_png(image: Pixels) -> bytes:
 
 
 def decode_image(data: bytes, where: str) -> Pixels:
-    """Bytes of any codec -> uint8 RGB [height, width, 3]. Raises :class:`UserError` that begins with ``where``."""
+    """Bytes of any codec -> uint8 RGB [height, width, 3], turned as its EXIF orientation says.
+
+    Raises :class:`UserError` that begins with ``where``.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):  # Pillow would cut off what is brighter than 255
+                raise ValueError("16 bits per channel; save it with 8")
+            ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{where}: the image does not decode ({error}). Replace the image or remove the row, then run again."
         ) from None

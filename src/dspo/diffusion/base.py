@@ -1,7 +1,7 @@
 """Loading a base model, and its text encoders' view of prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,15 @@ def local_files(base: BaseModelParams) -> list[Path]:
     return [Path(place) for place in (base.model, base.vae) if place is not None and Path(place).exists()]
 
 
-def encode_prompts(pipe: StableDiffusionXLPipeline, texts: Sequence[str], batch_size: int = 64) -> list[TextEmbedding]:
-    """Encode prompts by the pipeline's own ``encode_prompt``, in the order given."""
-    embeddings: list[TextEmbedding] = []
-    with torch.no_grad():
-        for start in range(0, len(texts), batch_size):
-            embeds, _, pooled, _ = pipe.encode_prompt(
-                list(texts[start : start + batch_size]), do_classifier_free_guidance=False
-            )
-            embeddings += map(TextEmbedding, embeds, pooled)
-    return embeddings
+def encode_prompts(
+    pipe: StableDiffusionXLPipeline, texts: Sequence[str], batch_size: int = 64
+) -> Iterator[TextEmbedding]:
+    """Encode prompts by the pipeline's own ``encode_prompt``, in the order given, a batch at a time."""
+    for start in range(0, len(texts), batch_size):
+        part = list(texts[start : start + batch_size])
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipe.encode_prompt(part, do_classifier_free_guidance=False)
+        yield from map(TextEmbedding, embeds, pooled)
 
 
 def encode_null(pipe: StableDiffusionXLPipeline) -> TextEmbedding:

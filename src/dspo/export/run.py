@@ -70,6 +70,8 @@ def export(base: BaseModelParams, adapter: Path, format: Format, output: Path, d
             residual = measure(tuned, format.read(tuned, work / output.name))
             _check(tuned, meant, residual, output)
             for path in work.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o644)  # safetensors writes for its owner alone
                 sync(path)
             os.rename(work / output.name, output)
             sync(output.parent)

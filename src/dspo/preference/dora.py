@@ -271,14 +271,8 @@ def load_adapter(unet: UNet2DConditionModel, folder: Path) -> PeftModel:
 
     Raises :class:`UserError` if files are missing or damaged, or the adapter was trained on a UNet of other shapes.
     """
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{folder / CONFIG}: not the configuration of a LoRA or DoRA adapter in PEFT's format. "
-            "Give the folder of one."
-        )
-    _check_fits(unet, _shapes(folder / WEIGHTS), config, folder)
-    model = PeftModel.from_pretrained(unet, folder)
+    _check_fits(unet, tensor_shapes(folder), _config(folder), folder)
+    model = PeftModel.from_pretrained(unet, folder, torch_device=str(unet.device))  # peft would take the first GPU
     for module in model.modules():
         if isinstance(module, LoraLinear) and NAME in module.lora_variant:
             module.lora_variant[NAME] = LoadedDora(module)
@@ -290,7 +284,7 @@ def check_base(adapter: Path, base: BaseModelParams) -> None:
 
     Names are compared by their last part: a hub id and a local copy of it are the same model.
     """
-    trained_on = read_json(adapter / CONFIG).get("base_model_name_or_path") or ""
+    trained_on = _config(adapter).get("base_model_name_or_path") or ""
     if PurePath(trained_on).name != PurePath(base.model).name:
         raise UserError(
             f"{adapter}: the adapter was trained on {trained_on!r}, the base model here is {base.model!r}. "
@@ -298,7 +292,19 @@ def check_base(adapter: Path, base: BaseModelParams) -> None:
         )
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(
+            f"{folder / CONFIG}: not the configuration of a LoRA or DoRA adapter in PEFT's format. "
+            "Give the folder of one."
+        )
+    return config
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of an adapter. Raises :class:`UserError` if the file is missing or damaged."""
+    path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  it has no __iter__

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -46,6 +46,7 @@ def write_foreign_pairs(
     seed: int,
     device: torch.device,
     scorer: Scorer | None,
+    test_prompts: Set[str],
     output: Path,
 ) -> dict[str, Any]:
     """Fill ``output`` with the comparisons that have a winner, and return the summary that is also written there.
@@ -53,11 +54,12 @@ def write_foreign_pairs(
     ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text.safetensors`` and ``summary.json``. The images
     are kept as they came; the latents of a pair have the size of the SDXL bucket that is nearest to its aspect ratio,
     at the base's resolution. Without a scorer the ``score_*`` columns are null, and CaPO's calibrated reward is 1 for
-    the winner and 0 for the loser: the win rate that people gave them. Images are in memory by ``params.batch_size``
-    pairs. Raises :class:`UserError` if there are fewer than two prompts, since one is held out.
+    the winner and 0 for the loser: the win rate that people gave them. ``test_prompts``: ids of prompts that are left
+    out. Images are in memory by ``params.batch_size`` pairs. Raises :class:`UserError` if there are fewer than two
+    prompts, since one is held out.
     """
     counts: Counter[str] = Counter()
-    parts = in_parts(_decided(comparisons, counts), params.batch_size)
+    parts = in_parts(_decided(comparisons, test_prompts, counts), params.batch_size)
     first = next(parts, [])  # before the costly loading of a model: most mistakes are in the first rows already
     with table_writer(output / UNSPLIT, PAIRS) as write:
         vae = load_vae(base, device)
@@ -88,7 +90,7 @@ def write_foreign_pairs(
         "pairs_train": len(table) - held,
         "pairs_validation": held,
         "prompts_with_pairs": len(captions),
-        "left_out": {"ties": counts["ties"], "repeated": counts["repeated"]},
+        "left_out": {reason: counts[reason] for reason in ("ties", "repeated", "test_prompts")},
         "images_enlarged": counts["enlarged"],
         "untrained_heads": [] if scorer is None else list(scorer.untrained),
     }
@@ -96,11 +98,13 @@ def write_foreign_pairs(
     return summary
 
 
-def _decided(comparisons: Iterable[Comparison], counts: Counter[str]) -> Iterator[Comparison]:
+def _decided(comparisons: Iterable[Comparison], test_prompts: Set[str], counts: Counter[str]) -> Iterator[Comparison]:
     """The comparisons that have a winner, winner first; a prompt's pair of images once."""
     seen = set()
     for comparison in comparisons:
-        if comparison.label == 0.5:
+        if prompt_id(comparison.prompt) in test_prompts:
+            counts["test_prompts"] += 1
+        elif comparison.label == 0.5:
             counts["ties"] += 1
         elif comparison.pair_id in seen:
             counts["repeated"] += 1

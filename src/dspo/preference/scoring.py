@@ -7,6 +7,7 @@ import csv
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -194,10 +195,9 @@ def pair_rows(pairs: Sequence[Pair], candidates: dict[Key, Row], rewards: dict[K
 def text_tensors(base: BaseModelParams, captions: dict[str, str], device: torch.device) -> dict[str, Tensor]:
     """``<prompt_id>.embeds`` [L, C] and ``<prompt_id>.pooled`` [P] of every prompt, and the same of ``null``."""
     pipe = load_text_encoders(base, device)
-    embeddings = dict(zip(captions, encode_prompts(pipe, list(captions.values())), strict=True))
-    embeddings["null"] = encode_null(pipe)
+    encoded = encode_prompts(pipe, list(captions.values()))
     tensors = {}
-    for name, embedding in embeddings.items():
+    for name, embedding in chain(zip(captions, encoded, strict=True), [("null", encode_null(pipe))]):
         # Cloned: rows of one batch share memory, which safetensors refuses.
         tensors[f"{name}.embeds"] = embedding.embeds.cpu().clone()
         tensors[f"{name}.pooled"] = embedding.pooled.cpu().clone()

@@ -1,7 +1,7 @@
 """Preference training of an adapter, in the order in which things happen.
 
 Every draw is keyed by seed, epoch and pair, and a checkpoint holds all that the next step depends on: to go on after a
-kill, call :func:`train` again with the same arguments. Both ways end in the same bytes.
+kill, call :func:`train` again with the same arguments. On a CPU both ways end in the same bytes.
 
 Several processes share out the micro-batches of a step, which stay those of one process; only the order in which their
 gradients are summed differs. The first process writes.

@@ -17,6 +17,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dspo.data.hub import Missing, fetch, find
 from dspo.data.images import Pixels
@@ -55,6 +56,8 @@ class Backbone(nn.Module):
     An unlocked tower also trains its last norm and its projection. The scale of the cosine stays frozen: the reward's
     own scale and the temperature do its work.
     """
+
+    recompute = False  # in the backward pass, what the trained blocks would otherwise keep for it
 
     def __init__(
         self,
@@ -146,7 +149,7 @@ class Backbone(nn.Module):
     def image_top(self, stem: Tensor) -> ImageTokens:
         x = stem
         for block in self.clip.visual.transformer.resblocks[self.frozen_image_blocks :]:
-            x = block(x)
+            x = self._trained(block, x)
         x = self.clip.visual.ln_post(x)
         return ImageTokens(patches=x[:, 1:], embedding=x[:, 0] @ self.clip.visual.proj)
 
@@ -163,7 +166,7 @@ class Backbone(nn.Module):
         """``last``: [batch] position of the end-of-text token (the highest id, its first place)."""
         x = stem
         for block in self.clip.transformer.resblocks[self.frozen_text_blocks :]:
-            x = block(x, attn_mask=self._causal_mask(stem.shape[1]))
+            x = self._trained(block, x, self._causal_mask(stem.shape[1]))
         x = self.clip.ln_final(x)
         pooled = x[torch.arange(len(x), device=x.device), last]
         return TextTokens(tokens=x, last=last, embedding=pooled @ self.clip.text_projection)
@@ -173,6 +176,14 @@ class Backbone(nn.Module):
         similarity = nn.functional.cosine_similarity(image.embedding.float(), text.embedding.float(), dim=-1)
         scaled: Tensor = self.clip.logit_scale.exp() * similarity
         return scaled
+
+    def _trained(self, block: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        inputs = (x, None, None, mask)
+        if not self.recompute or not torch.is_grad_enabled():
+            y: Tensor = block(*inputs)
+        else:  # without a state for random draws: CLIP has no dropout
+            y = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return y
 
     def _causal_mask(self, length: int) -> Tensor:
         mask: Tensor = self.clip.attn_mask

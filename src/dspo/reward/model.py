@@ -85,6 +85,7 @@ def build_model(params: RewardParams, seed: int, device: torch.device) -> Reward
         model = RewardModel(backbone, params)
     if params.dtype == "bfloat16":
         backbone.multiply_tokens_at_once()
+    backbone.recompute = device.type == "cuda"
     return model.to(device).eval()
 
 

@@ -45,20 +45,26 @@ def open_scratch(stage: str, params: Mapping[str, Any], inputs: Sequence[Path]) 
 
     ``params``: everything that decides the result, as JSON values; ``inputs``: files and folders, by content. Folders
     of the same stage with another fingerprint are removed unless a process is at work there. Raises
-    :class:`UserError` if another process does this very work at this moment, or an input is missing.
+    :class:`UserError` if another process does this very work at this moment, an input is missing, or nothing can be
+    written there.
     """
     code = Path(dspo.__file__).parent
     lock_file = code.parents[1] / "requirements.runtime.lock"
     sources = sorted(code.rglob("*.py")) + ([lock_file] if lock_file.exists() else [])
     folder = scratch_root() / stage
     path = folder / fingerprint(params, inputs, sources)
-    with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        for other in folder.iterdir():
-            if other != path and (lock := _lock(other)) is not None:
-                shutil.rmtree(other)
-                os.close(lock)
-        path.mkdir(exist_ok=True)
+    try:
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            for other in folder.iterdir():
+                if other != path and (lock := _lock(other)) is not None:
+                    shutil.rmtree(other)
+                    os.close(lock)
+            path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: nothing can be written here ({error.strerror}). Set DSPO_SCRATCH to a folder that can be."
+        ) from None
     lock = _lock(path)
     if lock is None:
         raise UserError(f"{path}: another process is at work here. Wait for it or end it, then run again.")

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import re
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,8 @@ def mendable(error: Exception) -> str | None:
         return f"out of memory ({said}). {LESS_MEMORY}"
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, sqlite3.OperationalError) and "full" in str(error)):
         return "the disk is full. Free some space and run the same command again; finished work is kept."
     return None
 

@@ -43,7 +43,7 @@ def guess_layout(path: Path) -> str:
     """The layout of a preference set that a user names without one. Raises :class:`UserError` where it is unclear."""
     if (path / "winners").is_dir():
         return "folder"
-    if path.suffix == ".csv" or (path / csv_file.NAME).is_file():
+    if path.suffix.lower() == ".csv" or (path / csv_file.NAME).is_file():
         return "csv"
     if path.suffix == ".parquet" or (
         path.is_dir() and not any(path.glob("*.tfrecord")) and any(path.glob("*.parquet"))

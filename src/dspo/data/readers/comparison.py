@@ -92,6 +92,12 @@ def read_image(path: Path, where: str) -> bytes:
     return checked_image(data, f"{where}, {path}")
 
 
+def check_different(images: tuple[bytes, bytes], where: str) -> None:
+    """Raises :class:`UserError` if both are the same image."""
+    if images[0] == images[1]:
+        raise UserError(f"{where}: both images are the same. Mend the row or remove it.")
+
+
 def preference(first: float, second: float) -> float:
     """1 if the first is higher, 0 if it is lower, 0.5 if they are equal."""
     return 0.5 + 0.5 * ((first > second) - (first < second))

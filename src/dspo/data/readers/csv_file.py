@@ -4,8 +4,9 @@
 - ``prompt,winner,loser``: pairs
 - ``prompt,image,overall``: a score for each image, any scale, higher is better; all pairs of a prompt are formed
 
-Beside ``overall`` there may be ``alignment,aesthetics,fidelity,detail``; an empty cell or no column is no label. A
-column ``weight`` says how much a prompt counts in preference training, ``votes`` how many raters are behind a share.
+Beside ``overall`` there may be ``alignment,aesthetics,fidelity,detail``; an empty cell or no column is no label. Beside
+two images a column ``weight`` says how much the prompt counts in preference training, beside a share ``votes`` how many
+raters are behind it. A column that its form does not read is an error.
 """
 
 import csv
@@ -17,6 +18,7 @@ from dspo.data.readers.comparison import (
     Comparison,
     ScoredImage,
     all_pairs,
+    check_different,
     checked_number,
     checked_prompt,
     read_image,
@@ -27,6 +29,7 @@ from dspo.errors import UserError
 
 NAME = "ratings.csv"  # of the file, where a folder is given
 FORMS = (("image_0", "image_1", "overall"), ("winner", "loser"), ("image", "overall"))
+UNREAD = {"image_0": set[str](), "winner": {"votes", *HEADS}, "image": {"votes", "weight"}}  # by form
 LARGEST = 1e9
 
 Row = dict[str, str]
@@ -41,7 +44,13 @@ def read(path: Path) -> Iterator[Comparison]:
         keyed = ((checked_prompt(row["prompt"], where), {"where": where} | row) for where, row in rows)
         for group in grouped(keyed):
             images = [_scored(file.parent, row) for row in group]
-            yield from all_pairs(group[0]["where"], group[0]["prompt"].strip(), images)
+            where = group[0]["where"]
+            if len({image.image for image in images}) < len(images):
+                raise UserError(
+                    f"{where}: the rows of this prompt have the same image twice. Give one row per image, with the "
+                    "mean of its scores."
+                )
+            yield from all_pairs(where, group[0]["prompt"].strip(), images)
         return
     for where, row in rows:
         sides = ("winner", "loser") if form == "winner" else ("image_0", "image_1")
@@ -50,6 +59,7 @@ def read(path: Path) -> Iterator[Comparison]:
         votes = round(checked_number(row.get("votes") or 1, 1, LARGEST, "votes", where))
         weight = checked_number(row.get("weight") or 1, 0, LARGEST, "weight", where)
         first, second = (_image(file.parent, row[side], side, where) for side in sides)
+        check_different((first, second), where)
         yield Comparison(where, prompt, (first, second), shares, votes, weight)
 
 
@@ -81,6 +91,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
 def _form(path: Path, header: list[str]) -> str:
     for form in FORMS:
         if all(header.count(name) == 1 for name in ("prompt", *form)):
+            if unread := sorted(UNREAD[form[0]] & set(header)):
+                raise UserError(
+                    f"{path}: beside prompt,{','.join(form)} the column {unread[0]} is not read. Remove it, or give "
+                    "the pairs as prompt,image_0,image_1,overall."
+                )
             return form[0]
     expected = " or ".join(",".join(("prompt", *form)) for form in FORMS)
     raise UserError(f"{path}: the header is {','.join(header)!r}, expected {expected}")

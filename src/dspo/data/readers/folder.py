@@ -6,7 +6,7 @@ The caption file beside the image is the convention of the LoRA trainers. Any im
 from collections.abc import Iterator
 from pathlib import Path
 
-from dspo.data.readers.comparison import Comparison, checked_prompt, read_image
+from dspo.data.readers.comparison import Comparison, check_different, checked_prompt, read_image
 from dspo.errors import UserError
 
 
@@ -25,6 +25,7 @@ def read(path: Path) -> Iterator[Comparison]:
         except UnicodeDecodeError:
             raise UserError(f"{caption}: not UTF-8 text. Save the file as UTF-8 and run again.") from None
         images = (read_image(winner, str(winner)), read_image(losers[name], str(losers[name])))
+        check_different(images, str(winner))
         yield Comparison(str(winner), prompt, images, {"overall": 1.0})
 
 
