@@ -269,8 +269,9 @@ def test_mistakes_leave_what_was_there(folder):
 
 def test_only_pairs_are_replaced(folder):
     source = as_folder(folder / "set", sample_pairs())
-    assert "set: the pairs to read are in it" in bring(source, "set", code=2)
-    assert "the pairs to read are in it" in bring(source, ".", code=2)
+    elsewhere = as_folder(Path(f"{folder}-set"), sample_pairs())
+    for pairs, output in ((source, "set"), (elsewhere, ".")):
+        assert "the pairs to read or the current folder are in it" in bring(pairs, output, code=2)
     put(folder / "home" / "thesis.txt", b"years of work")
     assert "home: holds other files than pairs" in bring(source, "home", code=2)
     assert (folder / "home" / "thesis.txt").exists() and len(list((source / "winners").iterdir())) == 2 * COUNT

@@ -1,6 +1,7 @@
 """Readers of the public rating sets, on small sets in their published layouts."""
 
 import json
+import sqlite3
 import tracemalloc
 
 import pandas as pd
@@ -9,7 +10,9 @@ from published_sets import hpdv2, hpdv3, imagerewarddb, pickapic, picture, put, 
 
 from dspo.data.readers import guess_layout, json_rows, read_comparisons
 from dspo.data.readers.comparison import rating_row
+from dspo.data.readers.grouping import grouped
 from dspo.errors import UserError
+from dspo.stages.runner import mendable
 
 
 def read(layout, path):
@@ -313,6 +316,15 @@ def test_bad_row_is_one_error_with_file_and_row(tmp_path, make, message):
     with pytest.raises(UserError, match=message or r"metadata-train\.parquet, row 2: no prompt") as error:
         read(layout, path)
     assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_below_the_temporary_database_is_no_defect(monkeypatch):
+    database = sqlite3.connect("")
+    database.execute("PRAGMA max_page_count = 3")
+    monkeypatch.setattr("dspo.data.readers.grouping.temporary_database", lambda: database)
+    with pytest.raises(sqlite3.OperationalError) as error:
+        list(grouped((str(n), {"text": "x" * 1000}) for n in range(100)))
+    assert "the disk is full" in mendable(error.value)
 
 
 def test_damaged_json(tmp_path):

@@ -46,8 +46,10 @@ def import_pairs(
 
 
 def _check_replaceable(output: Path, source: Path) -> None:
-    if source.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--output {output}: the pairs to read are in it, and it is replaced. Give another --output.")
+    if any(place.resolve().is_relative_to(output.resolve()) for place in (source, Path())):
+        raise UserError(
+            f"--output {output}: is replaced, and the pairs to read or the current folder are in it. Give another one."
+        )
     if output.is_dir() and any(output.iterdir()) and not (output / "text.safetensors").is_file():
         raise UserError(f"--output {output}: holds other files than pairs, and is replaced. Give another --output.")
 

@@ -37,8 +37,6 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             raise UserError(f"--config {path}: {key}: no option of this command. It has: {', '.join(sorted(known))}")
         if not isinstance(value, str | int | float):
             raise UserError(f"--config {path}: {key}: expected a text, a number, true or false, not {value!r}")
-        if name.replace("-", "_") in defaults:
-            raise UserError(f"--config {path}: {key}: given twice. Remove one of the lines.")
         defaults[name.replace("-", "_")] = value
     context.default_map = defaults
     return path

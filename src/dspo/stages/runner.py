@@ -49,7 +49,7 @@ def mendable(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, sqlite3.OperationalError) and "full" in str(error)):
+    if full or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
         return "the disk is full. Free some space and run the same command again; finished work is kept."
     return None
 
