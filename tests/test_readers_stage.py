@@ -159,11 +159,12 @@ def test_summary_counts_what_is_there(mixed):
 
 def test_bad_row_ends_the_stage_with_one_line(tmp_path):
     put(tmp_path / "1.png", picture(1))
-    rows = [["a cat", "1.png", "1.png", 1], ["a dog", "1.png", "2.png", 1]]
+    put(tmp_path / "2.png", picture(2))
+    rows = [["a cat", "1.png", "2.png", 1], ["a dog", "1.png", "3.png", 1]]
     path = write_csv(tmp_path / "r.csv", "prompt,image_0,image_1,overall", rows)
     done = run(tmp_path, "csv", path)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {path}, row 2: the image {tmp_path / '2.png'} cannot be read")
+    assert done.stderr.startswith(f"error: {path}, row 2: the image {tmp_path / '3.png'} cannot be read")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -271,7 +271,7 @@ def load_adapter(unet: UNet2DConditionModel, folder: Path) -> PeftModel:
 
     Raises :class:`UserError` if files are missing or damaged, or the adapter was trained on a UNet of other shapes.
     """
-    _check_fits(unet, tensor_shapes(folder), _config(folder), folder)
+    _check_fits(unet, _config(folder), tensor_shapes(folder), folder)
     model = PeftModel.from_pretrained(unet, folder, torch_device=str(unet.device))  # peft would take the first GPU
     for module in model.modules():
         if isinstance(module, LoraLinear) and NAME in module.lora_variant:
@@ -314,7 +314,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
         raise UserError(f"{path}: not a whole safetensors file ({error}). Fetch or train the adapter again.") from None
 
 
-def _check_fits(unet: UNet2DConditionModel, shapes: dict[str, list[int]], config: dict[str, Any], folder: Path) -> None:
+def _check_fits(unet: UNet2DConditionModel, config: dict[str, Any], shapes: dict[str, list[int]], folder: Path) -> None:
     """Every target of the UNet has its A and B of the right size in the file, and the file has nothing else."""
     targets = config.get("target_modules") or []
     trained_on = f"it was trained on {config.get('base_model_name_or_path')!r}. Give the adapter of this base model."
