@@ -215,7 +215,7 @@ class EvaluateParams(Section):
     judges: list[Literal["gold", "second"] | Annotated[ForeignJudgeParams, Field(discriminator="name")]]
     tie_band: NonNegative  # tau: |difference of gold| up to it is a tie, 0.4 of the simulated raters' temperature
     bootstrap_resamples: Count
-    batch_size: Count
+    batch_size: Count  # images, also of train's reward check; small ones lie side by side on the cores of a CPU
 
     @model_validator(mode="after")
     def _each_judge_once(self) -> "EvaluateParams":

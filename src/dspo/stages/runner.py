@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import re
@@ -29,6 +30,7 @@ def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
     """
     if module and (command := launcher()):
         os.execvp(command[0], [*command, "--module", module, *sys.argv[1:]])  # noqa: S606  no shell
+    gc.freeze()  # what was imported stays: looking through it again at the end would cost every stage a second
     # Every process says an error; what goes on, the first one tells, of this package alone: open_clip tells every step.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("dspo", "__main__"):
