@@ -17,6 +17,7 @@ from gallery import assert_page
 from peft import PeftModel
 from PIL import Image
 from reward_tiny import make_clip, reward_params
+from safetensors.torch import save_file
 from tiny import RESOLUTION, save_tiny_pipeline, tiny_unet
 from typer.testing import CliRunner
 
@@ -324,7 +325,7 @@ def test_check_passes_where_all_is_there(folder):
     reward.mkdir(parents=True)
     backbone = yaml.safe_load(SHIPPED.read_text())["worlds"]["shapes"]["reward"]["backbone"]
     (reward / "config.json").write_text(json.dumps({"untrained": ["detail"], "params": {"backbone": backbone}}))
-    (reward / "model.safetensors").write_bytes(bytes(2**20))
+    save_file({"weight": torch.zeros(2**18)}, reward / "model.safetensors")
     done = call("check", "--prompts", "prompts.csv")
     assert (done.exit_code, done.stdout.count("\nok")) == (0, 6)
     assert "1 MiB, untrained heads: detail" in done.stdout
@@ -333,6 +334,9 @@ def test_check_passes_where_all_is_there(folder):
     (reward / "config.json").write_text('{"untrained": [], "params": {"backbone": "ViT-L-14-336-quickgelu"}}')
     done = call("check", "--prompts", "prompts.csv")
     assert "MISSING  reward model: models/reward: on ViT-L-14-336-quickgelu, where this world has" in done.stdout
+    (reward / "model.safetensors").write_bytes(b"")
+    done = call("check", "--prompts", "prompts.csv")
+    assert "MISSING  reward model: models/reward/model.safetensors: not a whole safetensors file" in done.stdout
 
 
 def test_check_of_the_hub_world(folder):
@@ -607,7 +611,9 @@ def test_every_option_comes_from_a_file_or_the_command_line_which_wins(plain_pro
     [
         (None, "no such file"),
         ("epoch: 3", "epoch: no option of this command. It has: dry-run, epochs, "),
-        ("epochs: [3]", r"epochs: expected a text, a number, true or false, not \[3\]"),
+        ("epochs: [3]", r"epochs: expected a text or a number, not \[3\]"),
+        ("epochs: true", "epochs: expected a text or a number, not True"),
+        ("dry-run: 1", "dry-run: expected true or false, not 1"),
         ("- epochs", "expected lines of `option: value`"),
         ("a: b: c", "not a YAML file"),
     ],

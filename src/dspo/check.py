@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from safetensors import SafetensorError, safe_open
 
 from dspo.data.files import read_json
 from dspo.data.hub import Missing
@@ -120,9 +121,13 @@ def _reward_model(folder: Path, wanted: RewardParams) -> Check:
         if not path.is_file():
             return Check("reward model", f"{path}: no such file", remedy)
     try:
-        config, size = read_json(folder / "config.json"), weights.stat().st_size
+        config = read_json(folder / "config.json")
+        with safe_open(weights, framework="pt"):
+            size = weights.stat().st_size
     except UserError as error:
         return Check("reward model", str(error), remedy)
+    except (SafetensorError, OSError) as error:
+        return Check("reward model", f"{weights}: not a whole safetensors file ({error})", remedy)
     try:
         on, untrained = config["params"]["backbone"], ", ".join(config["untrained"])
     except (KeyError, TypeError) as error:
