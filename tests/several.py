@@ -61,7 +61,7 @@ def project() -> None:
     for path in (TRAIN, VALIDATION):
         write_split([Prompt(prompt_id(text), text, 0.5 + i) for i, text in enumerate(TEXTS)], path)
     Path("reward").mkdir()
-    score.load_reward = train.load_reward = lambda _folder, _device: Redness()  # type: ignore[assignment]
+    score.load_reward = train.load_reward = lambda _folder, _device: Redness()
 
 
 def generate(output: str, params: Path = PARAMS) -> None:

@@ -27,8 +27,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not a YAML file. Mend this place: {error}") from None
-    known = {name.lstrip("-"): option for option in context.command.params for name in option.opts}
-    known = {name: option for name, option in known.items() if name not in ("config", "help")}
+    options = {name.lstrip("-"): option for option in context.command.params for name in option.opts}
+    known = options.keys() - {"config", "help"}
     if not isinstance(raw, dict):
         raise UserError(f"--config {path}: expected lines of `option: value`, for example `num-pairs: 200`")
     defaults = {}
@@ -36,7 +36,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         name = str(key).replace("_", "-")
         if name not in known:
             raise UserError(f"--config {path}: {key}: no option of this command. It has: {', '.join(sorted(known))}")
-        switch = getattr(known[name], "is_flag", False)
+        switch = getattr(options[name], "is_flag", False)
         if not isinstance(value, str | int | float) or isinstance(value, bool) != switch:
             wanted = "true or false" if switch else "a text or a number"
             raise UserError(f"--config {path}: {key}: expected {wanted}, not {value!r}")
