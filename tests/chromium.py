@@ -37,6 +37,7 @@ class Browser:
         self._session = {"sessionId": session}
         for domain in ("Page", "Runtime", "Network", "Log"):
             self(f"{domain}.enable")
+        self("Page.setLifecycleEventsEnabled", enabled=True)
 
     def close(self) -> None:
         self._process.kill()
@@ -71,8 +72,9 @@ class Browser:
         self("Emulation.setEmulatedMedia", features=[scheme])
         self("Emulation.setScriptExecutionDisabled", value=not script)
         self.events.clear()
-        self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        loader = self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())["loaderId"]
+        loaded = {"name": "load", "loaderId": loader}  # the blank page's own load may be said late
+        while not any(loaded.items() <= event.get("params", {}).items() for event in self.events):
             self.events.append(self._receive())
 
     def js(self, expression: str) -> Any:
