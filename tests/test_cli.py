@@ -541,15 +541,20 @@ def amounts(text):
 
 
 def count_samples(monkeypatch):
-    """How many images each call of `sample` makes."""
+    """How many images each call that samples makes."""
     made = []
 
     def counted(*args):
         made.append(len(args[1]))
         return sampling.sample(*args)
 
-    for module in (quick_train, candidates, train_stage):
+    def counted_groups(*args):
+        made.append(sum(len(requests) for requests, _ in args[1]))
+        return sampling.sample_groups(*args)
+
+    for module in (quick_train, train_stage):
         monkeypatch.setattr(module, "sample", counted)
+    monkeypatch.setattr(candidates, "sample_groups", counted_groups)
     return made
 
 

@@ -11,7 +11,7 @@ from tiny import RESOLUTION, TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeli
 from dspo.data.keys import prompt_id
 from dspo.data.prompts import Prompt
 from dspo.diffusion.base import encode_null, encode_prompts, load_pipeline, load_text_encoders, local_files
-from dspo.diffusion.sampling import Sample, SampleRequest, initial_noise, sample, with_scheduler
+from dspo.diffusion.sampling import Sample, SampleRequest, initial_noise, sample, sample_groups, with_scheduler
 from dspo.errors import UserError
 from dspo.params import BaseModelParams, SamplerParams, Scheduler
 
@@ -89,11 +89,40 @@ def test_samples_do_not_depend_on_the_number_of_threads(pipe: StableDiffusionXLP
         assert np.array_equal(alone.latent, beside.latent)
 
 
+def test_keys_and_values_of_a_text_are_computed_once(
+    pipe: StableDiffusionXLPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = {layer for name, layer in pipe.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    computed: list[torch.nn.Module] = []
+    plain = torch.nn.Linear.forward
+
+    def forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if layer in layers:
+            computed.append(layer)
+        return plain(layer, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    latents = [one.latent for one in draw(pipe, [SampleRequest(p, 0, 0) for p in (RED, BLUE, RED)], batch_size=1)]
+    assert len(computed) == 3 * len(layers) > 0
+    assert np.array_equal(latents[0], latents[2]) and not np.array_equal(latents[0], latents[1])
+
+
+def test_groups_are_sampled_as_if_each_were_alone(pipe: StableDiffusionXLPipeline) -> None:
+    euler = SamplerParams(scheduler="euler", steps=2, guidance_scale=1.5)
+    groups = [([SampleRequest(RED, i, i) for i in range(3)], DDIM), ([SampleRequest(BLUE, 0, 0)], euler)]
+    together = list(sample_groups(pipe, groups, RESOLUTION, seed=0, batch_size=2))
+    alone = [one for group in groups for one in sample(pipe, *group, RESOLUTION, seed=0, batch_size=2)]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.request, one.sampler) == (other.request, other.sampler)
+        assert np.array_equal(one.image, other.image)
+
+
 def test_sample_leaves_the_pipeline_as_it_was(pipe: StableDiffusionXLPipeline) -> None:
     scheduler, config = pipe.scheduler, dict(pipe.config)
     draw(with_scheduler(pipe, "euler"), [SampleRequest(RED, 0, 0)])
     assert pipe.scheduler is scheduler
     assert dict(pipe.config) == config
+    assert not any("forward" in vars(module) for module in pipe.unet.modules())
 
 
 def test_scheduler_keeps_the_noise_schedule_of_the_base() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,13 @@ def edit_params(**score_section: object) -> None:
 
 def stop_after(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make sampling die when it has drawn ``n`` images."""
-    real, drawn = candidates.sample, 0
+    real = candidates.sample_groups
 
     def dying(*args: Any) -> Iterator[Sample]:
-        nonlocal drawn
-        for one in real(*args):
-            if drawn == n:
-                raise Killed
-            drawn += 1
-            yield one
+        yield from islice(real(*args), n)
+        raise Killed
 
-    monkeypatch.setattr(candidates, "sample", dying)
+    monkeypatch.setattr(candidates, "sample_groups", dying)
 
 
 def test_candidates_hold_what_the_records_say(folder: Path) -> None:

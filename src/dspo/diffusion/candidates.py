@@ -5,6 +5,7 @@ Several processes share the shards out; a shard's bytes are the same whoever mak
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dspo.data.prompts import Prompt
 from dspo.data.records import CANDIDATES
 from dspo.diffusion.base import load_pipeline
 from dspo.diffusion.compiled import compile_blocks
-from dspo.diffusion.sampling import Sample, SampleRequest, sample
+from dspo.diffusion.sampling import Sample, SampleRequest, sample_groups
 from dspo.params import BaseModelParams, GenerateParams, SamplerParams
 from dspo.progress import progress
 
@@ -81,10 +82,12 @@ def _generate(
     pipe = load_pipeline(base, device)
     if device.type == "cuda":
         compile_blocks(pipe.unet, latent_sizes=1)
+    groups = [(shard.requests, shard.sampler) for shard in shards]
+    samples = sample_groups(pipe, groups, base.resolution, seed, params.batch_size)
     with encoder(params.image_format, base.resolution) as images:
         for shard in shards:
             rows = []
-            for one in sample(pipe, shard.requests, shard.sampler, base.resolution, seed, params.batch_size):
+            for one in islice(samples, len(shard.requests)):
                 rows.append(_row(one, images))
                 yield one
             finished = [row | {"image": row["image"].result()} for row in rows]

@@ -68,7 +68,8 @@ class FastDora(DoraLinearVariant):
             extra: Tensor = (g - 1) * F.linear(dropped, self.W) + g * (self.scaling * low_rank)
             return extra.to(result.dtype) + result
         bias = module.get_base_layer().bias
-        rescaled: Tensor = Rescale.apply(result, low_rank, magnitude, self.norm, bias, self.scaling)
+        keep = torch.is_grad_enabled()
+        rescaled: Tensor = Rescale.apply(result, low_rank, magnitude, self.norm, bias, self.scaling, keep)
         return rescaled
 
 
@@ -87,10 +88,12 @@ class LoadedDora(DoraLinearVariant):
 
     def forward(self, module: LoraLinear, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """``x`` [..., in], ``result`` = W x + b [..., out] -> W' x + b. Sums and products in peft's order."""
-        low_rank = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        low_rank = module.lora_B[active_adapter](module.lora_A[active_adapter](x)).mul_(self.g)
+        if (scaling := module.scaling[active_adapter]) != 1:
+            low_rank.mul_(scaling)
         bias = module.get_base_layer().bias
         extra: Tensor = self.g_less_1 * (result if bias is None else result - bias)
-        return extra.add_(low_rank.mul_(self.g).mul_(module.scaling[active_adapter])).add_(result)
+        return extra.add_(low_rank).add_(result)
 
 
 @torch.no_grad()
@@ -114,19 +117,20 @@ def refresh_norms(layers: Sequence[FastDora]) -> None:
 class Rescale(torch.autograd.Function):
     """base + (g - 1) (base - bias) + g s low_rank with g = m / n, evaluated in float32.
 
-    In this form g = 1 and low_rank = 0 give ``base`` back to the bit. One tensor is kept for the gradient of m: the
-    output where there is no bias, since z = (base - bias) + s low_rank = output / g; else z.
+    In this form g = 1 and low_rank = 0 give ``base`` back to the bit. One tensor is kept for the gradient of m, if
+    ``keep``: the output where there is no bias, since z = (base - bias) + s low_rank = output / g; else z.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, low_rank: Tensor, m: Tensor, n: Tensor, bias: Tensor | None, s: float
+        ctx: Any, base: Tensor, low_rank: Tensor, m: Tensor, n: Tensor, bias: Tensor | None, s: float, keep: bool
     ) -> Tensor:
         g = m / n
         plain = base if bias is None else base - bias
         out = torch.addcmul(torch.addcmul(base, plain, g - 1), low_rank, g * s).to(base.dtype)
         ctx.has_bias, ctx.s = bias is not None, s
-        ctx.save_for_backward(out if bias is None else torch.add(plain, low_rank, alpha=s), m, n)
+        if keep:
+            ctx.save_for_backward(out if bias is None else torch.add(plain, low_rank, alpha=s), m, n)
         return out
 
     @staticmethod
@@ -138,7 +142,7 @@ class Rescale(torch.autograd.Function):
         g = m / n
         d_base = (d_out * g).to(d_out.dtype)
         d_low_rank = d_base if ctx.s == 1 else (d_out * (g * ctx.s)).to(d_out.dtype)  # rounded once, as d_base is
-        return d_base, d_low_rank, d_m, None, None, None
+        return d_base, d_low_rank, d_m, None, None, None, None
 
 
 class Adapter:
