@@ -15,7 +15,7 @@ from reward_tiny import flat_image, make_clip, reward_params, write_ratings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspo.data.files import read_json, write_json
-from dspo.data.images import ROWS_PER_GROUP, encode_png, read_table, write_table
+from dspo.data.images import ROWS_PER_GROUP, Pixels, decode_image, encode_png, read_table, write_table
 from dspo.errors import UserError
 from dspo.params import RewardParams
 from dspo.reward import training
@@ -73,7 +73,14 @@ def test_it_learns_what_the_raters_like(clip_name: str, ratings: Path, fusion: b
     assert not score_differences(model, validation)[:, 4].any()  # detail had no labels
 
 
-def test_a_set_in_another_view(clip_name: str, ratings: Path) -> None:
+def test_a_set_in_another_view(clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def counted(image: bytes, where: str) -> Pixels:
+        decoded.append(where)
+        return decode_image(image, where)
+
+    monkeypatch.setattr("dspo.reward.dataset.decode_image", counted)
     backbone = build_model(reward_params(clip_name), 0, CPU).backbone
     pictures = list(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
     pairs = replace(
@@ -90,6 +97,7 @@ def test_a_set_in_another_view(clip_name: str, ratings: Path) -> None:
         torch.testing.assert_close(there.images(rows), backbone.image_stem(backbone.preprocess(seen)))
         said = "Right of it, a bright red one left behind" if view.mirrored else pairs.captions[0]
         assert torch.equal(there.ids[0], backbone.tokenize([said])[0])
+    assert len(decoded) == 4  # every picture once for all views, and one to see how large its stem is
 
 
 def test_views_of_an_image() -> None:

@@ -1,6 +1,7 @@
 """Bootstrap over clusters of rows, the interval behind every figure that is reported per prompt."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,7 @@ def clustered_bootstrap(
     n_clusters = len(labels)
     if n_clusters == 0:
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)
-    counts = draws.astype(np.float64)
+    counts = _draws(n_clusters, resamples, seed)
     totals = {
         name: counts @ np.bincount(cluster_of_row, weights=np.asarray(column, dtype=np.float64), minlength=n_clusters)
         for name, column in values.items()
@@ -46,3 +46,10 @@ def clustered_bootstrap(
         return float("nan"), float("nan")
     low, high = np.quantile(defined, [0.025, 0.975])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=4)  # a report takes dozens of intervals over the same clusters
+def _draws(n_clusters: int, resamples: int, seed: int) -> Array:
+    """How often each resample holds each cluster [resamples, n_clusters]."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples).astype(np.float64)

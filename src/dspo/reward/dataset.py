@@ -127,7 +127,14 @@ def _distinct_images(file: pq.ParquetFile) -> tuple[pa.ChunkedArray, list[Rows]]
 class Stems:
     """Outputs of the backbone's frozen part for a set in one view, computed once where they fit."""
 
-    def __init__(self, backbone: Backbone, pairs: RatedPairs, dtype: Dtype, view: View = VIEWS[0]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        pairs: RatedPairs,
+        dtype: Dtype,
+        view: View = VIEWS[0],
+        resized: dict[int, Pixels] | None = None,  # the images by their rows, as another view left them
+    ) -> None:
         self.backbone = backbone
         self.pairs = pairs
         self.dtype = dtype
@@ -135,17 +142,19 @@ class Stems:
         self.device = backbone.clip.logit_scale.device
         self._others: dict[View, Stems] = {}
         self._threads = ThreadPoolExecutor(processes())
+        self._resized = {} if resized is None else resized
+        self._fits = False
         self.ids = backbone.tokenize(view.captions(pairs.captions))
         one = self._image_stems(np.array([0]))
-        fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
-        self.kept = self._keep() if fits else None
+        self._fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
+        self.kept = self._keep() if self._fits else None
 
     def seen(self, view: View) -> "Stems":
         """Those of the same set in another view, made once."""
         if view == self.view:
             return self
         if view not in self._others:
-            self._others[view] = Stems(self.backbone, self.pairs, self.dtype, view)
+            self._others[view] = Stems(self.backbone, self.pairs, self.dtype, view, self._resized)
         return self._others[view]
 
     def images(self, rows: Rows) -> Tensor:
@@ -170,8 +179,13 @@ class Stems:
 
     def _image(self, row: int) -> Pixels:
         """Decoded and of the backbone's size: PIL works outside of Python's lock."""
-        image = decode_image(self.pairs.images[row].as_py(), f"{self.pairs.path}: distinct image {row}")
-        return self.view.image(self.backbone.resize(image), self.backbone.patch)
+        image = self._resized.get(row)
+        if image is None:
+            image = decode_image(self.pairs.images[row].as_py(), f"{self.pairs.path}: distinct image {row}")
+            image = self.backbone.resize(image)
+            if self._fits:  # other views of a set that fits come from the same pixels
+                self._resized[row] = image
+        return self.view.image(image, self.backbone.patch)
 
 
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:
