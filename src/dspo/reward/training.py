@@ -30,7 +30,7 @@ from dspo.reward.model import RewardModel
 MIXUP_SHARE = 0.8  # of the steps; the last ones see real pairs only
 CHECKPOINT_EVERY_STEPS = 100
 LEARNT_VIEWS = 2  # at most: each needs stem outputs of its own, and more of them teach no more
-SCORE_BATCH = 256
+SCORE_BATCH = 64
 
 State = dict[str, Tensor]
 logger = logging.getLogger(__name__)
