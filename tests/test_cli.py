@@ -316,6 +316,7 @@ def test_check_names_what_is_missing_and_its_remedy(folder):
     done = call("check", "--prompts", "none.csv", "--reward-model", "models/reward")
     assert done.exit_code == 1
     assert "MISSING  prompts: none.csv: no such file" in done.stdout
+    assert "MISSING  ratings: data/raw/shapes-rated.parquet: no such file or folder" in done.stdout
     assert "dvc pull models/reward" in done.stdout
     assert "ok       base model" in done.stdout
 
@@ -500,10 +501,11 @@ def first_numbers(text):
     return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)]
 
 
-def test_the_plan_of_a_training_is_what_the_training_does(plain_prompts, reward, monkeypatch):
+def test_the_plan_of_a_training_is_what_the_training_does(plain_prompts, reward, monkeypatch, caplog):
     before = contents(plain_prompts)
     done = train(reward, "out", "--dry-run", "--epochs", 1)
     assert done.exit_code == 0 and contents(plain_prompts) == before
+    assert not caplog.records  # open_clip would warn that it loaded no weights
     plan = plan_of(done.stdout)
     resolved = yaml.safe_load(done.stdout.split("\n\n", 1)[0])
     assert resolved["train"]["epochs"] == 1 and resolved["world"] == "shapes"

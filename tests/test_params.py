@@ -46,6 +46,8 @@ def test_shipped_file_is_valid_in_every_world(tmp_path):
         ("worlds.shapes.ratings.side_bias", 1.0, "worlds.shapes.ratings.side_bias"),
         ("worlds.shapes.generate.samplers", [], "worlds.shapes.generate.samplers"),
         ("worlds.shapes.prompts.test_share", 0.95, "worlds.shapes.prompts: .*must stay below 1"),
+        ("worlds.shapes.ratings.test_share", 0.97, "worlds.shapes.ratings: .*must stay below 1"),
+        ("worlds.shapes.reward.heads", ["overall"], "shapes: .*score.weights: alignment: not among reward.heads"),
         ("worlds.shapes.score.validation_share", 0, "worlds.shapes.score.validation_share: Input should be greater"),
         ("worlds.shapes.evaluate.tie_band", 0.02, "shapes: .*tie_band must be 0.4 .* which is 0.0136"),
         ("seed", -1, "seed: Input should be greater than or equal to 0"),

@@ -48,14 +48,17 @@ def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Chec
     try:
         params = load_params(params_file)
     except UserError as error:
-        yield Check("parameters", str(error), f"correct {params_file}; src/dspo/params.py explains every key")
+        yield Check("parameters", str(error), f"correct {params_file}; src/dspo/params.py has every key")
         return
     yield Check("parameters", f"{params_file}: world {params.world}")
     yield _prompts(prompts, params)
     yield _base_model(params.active.base)
     if params.active.reward.pretrained is not None:
         yield _reward_backbone(params.active.reward)
-    yield _reward_model(reward, params.active.reward)
+    trained = _reward_model(reward, params.active.reward)
+    if not trained.ok:
+        yield _ratings(params)
+    yield trained
     if params.active.evaluate.foreign_judges:
         yield _judges(params.active.evaluate.foreign_judges)
     yield _device(params)
@@ -114,6 +117,15 @@ def _weights(name: str, found: str, absent: Sequence[Missing]) -> Check:
     return Check(name, "; ".join(one.what for one in absent), "\n            ".join(one.remedy for one in absent))
 
 
+def _ratings(params: Params) -> Check:
+    """What the pipeline trains the reward model on."""
+    path = Path("data/raw") / f"{params.world}-rated.parquet"
+    if not path.exists():
+        remedy = f"put ratings there, in a layout of docs/data.md; the repository's own: git checkout -- {path}"
+        return Check("ratings", f"{path}: no such file or folder", remedy)
+    return Check("ratings", f"{path}, layout {params.active.ratings.layout}")
+
+
 def _reward_model(folder: Path, wanted: RewardParams) -> Check:
     remedy = f"dvc repro train_reward   or, where a remote holds it:   dvc pull {folder}"
     weights = folder / "model.safetensors"
@@ -155,11 +167,11 @@ def _device(params: Params) -> Check:
 
 
 def _disk(params: Params) -> Check:
-    """Room for candidates, pairs and evaluation images, uncompressed, and for a base model from the hub."""
+    """Room for candidates, pairs and evaluation images, uncompressed, and for a base model still to be fetched."""
     world = params.active
     candidates = world.generate.num_prompts * len(world.generate.samplers) * world.generate.candidates_per_sampler
     images = 2 * candidates + 2 * world.evaluate.num_prompts * world.evaluate.seeds_per_prompt
-    needed = 1.0 + images * 3 * world.base.resolution**2 / 2**30 + (HUB_GIB if world.base.revision else 0.0)
+    needed = 1.0 + images * 3 * world.base.resolution**2 / 2**30 + (HUB_GIB if files.missing(world.base) else 0.0)
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     found = f"{free:.1f} GiB free, about {needed:.1f} GiB needed"
     return Check("disk", found, "free some space, or lower generate.num_prompts" if free < needed else None)

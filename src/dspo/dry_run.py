@@ -1,5 +1,6 @@
 """``--dry-run``: what a command would do and take, without doing it. Nothing is read but configurations and prompts."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,9 @@ def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_p
     base = load_base(world.base)
     adapter = with_adapter(base, world.train)
     trained = sum(parameter.numel() for parameter in adapter.parameters.values())
+    logging.disable(logging.WARNING)  # open_clip's, that no weights were loaded
     reward = parameter_bytes(build_model(reward_params(reward_folder), params.seed, META))
+    logging.disable(logging.NOTSET)
 
     pairs, held_out = pair_counts(prompts, world, params.seed)
     checked = min(world.train.validation_prompts, len(held_out_ids(prompts, world, params.seed)))

@@ -6,7 +6,7 @@ combination raises :class:`UserError` that names the key. Types are strict: ``"1
 
 from math import isclose
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,21 +50,26 @@ class BaseModelParams(Section):
     resolution: Annotated[int, Field(ge=8, multiple_of=8)]  # height and width of generated images, pixels
 
 
-class PromptParams(Section):
-    """How `prepare_prompts` splits the list; each prompt's split depends on its text alone."""
+class Shares(Section):
+    """The shares of a set that are not trained on."""
 
     validation_share: Share
     test_share: Share
-    max_characters: Count  # longer prompts are an error, not cut
 
     @model_validator(mode="after")
-    def _leave_some_for_training(self) -> "PromptParams":
+    def _leave_some_for_training(self) -> Self:
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share must stay below 1")
         return self
 
 
-class RatingParams(Section):
+class PromptParams(Shares):
+    """How `prepare_prompts` splits the list; each prompt's split depends on its text alone."""
+
+    max_characters: Count  # longer prompts are an error, not cut
+
+
+class RatingParams(Shares):
     """Where the ratings that train the reward model come from."""
 
     layout: RatingLayout  # shapes: simulated raters look at rated images; mixed: a sub-folder per layout
@@ -73,8 +78,6 @@ class RatingParams(Section):
     tie_rate: Share  # share of ties at equal quality (Davidson's nu follows from it)
     side_bias: Annotated[float, Field(gt=0, lt=1)]  # share of the first side at equal quality
     wrong_taste: NonNegative  # c: how much raters like saturation and large objects, over-optimisation study
-    validation_share: Share
-    test_share: Share
 
 
 class RewardParams(Section):
@@ -248,6 +251,13 @@ class World(Section):
         tau = TIE_BAND * self.ratings.temperature
         if self.ratings.layout == "shapes" and not isclose(self.evaluate.tie_band, tau):
             raise ValueError(f"evaluate.tie_band must be {TIE_BAND:g} * ratings.temperature, which is {tau:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_chosen_by_heads_that_there_are(self) -> "World":
+        absent = [head for head in self.score.weights if head not in self.reward.heads]
+        if absent:
+            raise ValueError(f"score.weights: {', '.join(absent)}: not among reward.heads")
         return self
 
 

@@ -126,8 +126,11 @@ def before_and_after(
     seed: int,
     folder: Path,
 ) -> Change:
-    """Images of base and tuned from the same noise: their rewards, and the first few side by side as a picture."""
-    requests = [SampleRequest(prompt, sample_index=0, noise_index=0) for prompt in prompts]
+    """Images of base and tuned from the same noise: their rewards, and the first few side by side as a picture.
+
+    From other noise than the reward checks': the best epoch was chosen by its images from theirs.
+    """
+    requests = [SampleRequest(prompt, sample_index=0, noise_index=1) for prompt in prompts]
 
     def images(name: str) -> list[Pixels]:
         settings = (world.evaluate.sampler, world.base.resolution, seed, world.evaluate.batch_size)

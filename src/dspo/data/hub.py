@@ -14,9 +14,14 @@ class Missing:
     remedy: str  # the command that gets it, where there is one
 
 
+def is_local(place: str, revision: str | None) -> bool:
+    """A folder that exists comes before a hub repository of its name, as where models are loaded."""
+    return revision is None or Path(place).exists() or Path(place).is_absolute()
+
+
 def find(place: str, revision: str | None, file: str) -> Path | None:
     """Where a file of a place is on this disk, if it is: a hub repository at a commit, or a local folder."""
-    if revision is None:
+    if is_local(place, revision):
         path = Path(place) / file
         return path if path.is_file() else None
     found = try_to_load_from_cache(place, file, revision=revision)

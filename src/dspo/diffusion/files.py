@@ -6,7 +6,7 @@ diffusers itself fetches from the hub while it loads, unless ``HF_HUB_OFFLINE=1`
 from collections.abc import Sequence
 from pathlib import Path
 
-from dspo.data.hub import Missing, fetch, find
+from dspo.data.hub import Missing, fetch, find, is_local
 from dspo.params import BaseModelParams
 
 # Where a single .safetensors file takes its configuration and tokenizers from: they are the same for every SDXL.
@@ -55,10 +55,19 @@ def patterns(variant: str | None) -> list[str]:
 
 
 def _missing(place: str, revision: str | None, files: Sequence[str], wanted: Sequence[str]) -> list[Missing]:
-    absent = [file for file in files if find(place, revision, file) is None]
+    absent = [file for file in files if not any(find(place, revision, one) for one in (file, _shards(file)))]
     if not absent:
         return []
     which = f"all of {len(files)} files" if len(absent) == len(files) else ", ".join(absent)
-    if revision is None:
-        return [Missing(f"{place}: missing: {which}", f"git checkout -- {place}")]
+    if revision is None or is_local(place, revision):
+        remedy = f"git checkout -- {place}"
+        if Path(place).is_absolute():
+            remedy = "copy the whole model there, in diffusers' layout, or correct the path in params.yaml"
+        return [Missing(f"{place}: missing: {which}", remedy)]
     return [Missing(f"{place}: missing in the hub's cache at {revision[:8]}: {which}", fetch(place, revision, wanted))]
+
+
+def _shards(file: str) -> str:
+    """The list of a weight file's parts, which stands in for it where it was saved in several."""
+    name, dot, variant = file.removesuffix(".safetensors").partition(".")
+    return f"{name}.safetensors.index{dot}{variant}.json" if file.endswith(".safetensors") else file
