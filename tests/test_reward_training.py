@@ -88,7 +88,7 @@ def test_a_set_in_another_view(clip_name: str, ratings: Path, monkeypatch: pytes
         images=pa.chunked_array([[encode_png(picture) for picture in pictures]]),
         captions=["Left of it, a bright red one right behind"] * 9,
     )
-    straight, rows = Stems(backbone, pairs, "float32"), np.arange(3)
+    straight, rows = Stems(backbone, pairs, "float32", len(VIEWS)), np.arange(3)
     for view in VIEWS:
         there = straight.seen(view)
         assert torch.equal(there.images(rows), straight.images(rows)) is (view == VIEWS[0])

@@ -10,6 +10,7 @@ from tiny import RESOLUTION, TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeli
 
 from dspo.data.keys import prompt_id
 from dspo.data.prompts import Prompt
+from dspo.diffusion import files
 from dspo.diffusion.base import encode_null, encode_prompts, load_pipeline, load_text_encoders, local_files
 from dspo.diffusion.sampling import Sample, SampleRequest, initial_noise, sample, sample_groups, with_scheduler
 from dspo.errors import UserError
@@ -115,6 +116,15 @@ def test_groups_are_sampled_as_if_each_were_alone(pipe: StableDiffusionXLPipelin
     for one, other in zip(together, alone, strict=True):
         assert (one.request, one.sampler) == (other.request, other.sampler)
         assert np.array_equal(one.image, other.image)
+
+
+def test_two_samplings_of_one_pipeline_side_by_side(pipe: StableDiffusionXLPipeline) -> None:
+    requests = [SampleRequest(RED, i, i) for i in range(3)]
+    samplers = DDIM, SamplerParams(scheduler="euler", steps=2, guidance_scale=1.5)
+    both = zip(*(sample(pipe, requests, sampler, RESOLUTION, 0, 1) for sampler in samplers), strict=True)
+    for beside, sampler in zip(zip(*both, strict=True), samplers, strict=True):
+        alone = sample(pipe, requests, sampler, RESOLUTION, 0, 1)
+        assert all(np.array_equal(one.latent, other.latent) for one, other in zip(beside, alone, strict=True))
 
 
 def test_sample_leaves_the_pipeline_as_it_was(pipe: StableDiffusionXLPipeline) -> None:
@@ -248,6 +258,18 @@ def test_vae_can_be_another(tmp_path: Path) -> None:
 def test_missing_folder_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file or folder.*git checkout.*base\.revision"):
         load_pipeline(base_params(tmp_path / "nothing"), CPU)
+
+
+def test_a_folder_in_another_place_is_looked_for_there(tmp_path: Path, pipe: StableDiffusionXLPipeline) -> None:
+    """Its revision, left in params.yaml, does not count; weights saved in parts are there."""
+    base = base_params(tmp_path / "base", revision="0" * 40)
+    (absent,) = files.missing(base)
+    assert "base: missing: all of" in absent.what and absent.remedy.startswith("copy the whole model there")
+    pipe.save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    assert (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert files.missing(base) == []
+    loaded = load_pipeline(base, CPU).unet.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in pipe.unet.state_dict().items())
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:

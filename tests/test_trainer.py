@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dspo.data.images import read_table, write_table
 from dspo.data.records import PAIRS
 from dspo.diffusion import compiled as compiled_module
+from dspo.diffusion.base import encode_prompts, load_pipeline
 from dspo.diffusion.compiled import compile_blocks
 from dspo.errors import UserError
 from dspo.params import LossName, TrainParams, load_params
@@ -42,7 +43,7 @@ from dspo.preference.dataset import (
     with_random_labels,
 )
 from dspo.preference.dora import Adapter, add_dora
-from dspo.preference.losses import NEEDS
+from dspo.preference.losses import NEEDS, Needs
 from dspo.preference.method import Method, References, predict, predict_reference, prepare
 from dspo.preference.schedule import NoiseSchedule
 from dspo.preference.trainer import CHECKPOINT, LOG, Trained, micro_batches, train
@@ -161,6 +162,23 @@ def test_cutting_the_batch_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
             assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
             if NEEDS[loss].reference:
                 assert row["u_std"] == pytest.approx(expected["u_std"], rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("loss", [loss for loss, needs in NEEDS.items() if needs.reference])
+def test_untrained_policy_is_the_reference_whatever_the_batch(loss: LossName, n: int) -> None:
+    """On the shipped base, where the last bits depend on how many images a pass has."""
+    pipe = load_pipeline(load_params(Path("params.yaml")).worlds["shapes"].base, CPU)
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, n, 4, 8, 8, generator=g).half()
+    text = list(encode_prompts(pipe, ["a red circle", "a blue square"]))
+    embeds, pooled = torch.stack([one.embeds for one in text]), torch.stack([one.pooled for one in text])
+    pairs = replace(make_pairs(n), latents_w=latents[0], latents_l=latents[1], embeds=embeds, pooled=pooled)
+    p = params(loss=loss)
+    method = Method(add_dora(pipe.unet, p, seed=0), NoiseSchedule.of(pipe.scheduler, CPU), p, False)
+    predicted = predict(method.adapter, method.batch(pairs, [Draw(i, 400, i) for i in range(n)]), method.needs)
+    assert predicted.r_w is not None and torch.equal(predicted.e_w, predicted.r_w)
+    assert predicted.e_l is not None and predicted.r_l is not None and torch.equal(predicted.e_l, predicted.r_l)
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
@@ -316,7 +334,7 @@ def test_each_latent_size_has_a_graph_of_its_own_and_room_for_it(monkeypatch: py
     def predict_at(side: int) -> None:
         latents = torch.zeros(1, 4, side, side, dtype=torch.float16)
         pairs = replace(make_pairs(1), latents_w=latents, latents_l=latents)
-        predict_reference(adapter, method.batch(pairs, [Draw(0, 1, 0)]))
+        predict_reference(adapter, method.batch(pairs, [Draw(0, 1, 0)]), method.needs)
 
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
         compile_blocks(adapter.unet, latent_sizes=2)
@@ -370,8 +388,8 @@ def test_cached_reference_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Mon
     # 3 micro-batches in each of the first 2 epochs of 4, and 3 batches of held-out draws before the training
     assert len(seen) == 2 * 3 + 3
 
-    def always(self: References, _key: object, adapter: Adapter, batch: Batch) -> torch.Tensor:
-        return predict_reference(adapter, batch)
+    def always(self: References, _key: object, adapter: Adapter, batch: Batch, needs: Needs) -> torch.Tensor:
+        return predict_reference(adapter, batch, needs)
 
     with monkeypatch.context() as patch:
         patch.setattr(References, "of", always)
@@ -390,7 +408,7 @@ def test_cached_reference_in_sixteen_bits_loses_none() -> None:
     method = Method(adapter, NoiseSchedule.of(pipe.scheduler, CPU), p, False)
     batch = method.batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
     references = References()
-    first, second = (references.of("key", adapter, batch) for _ in range(2))
+    first, second = (references.of("key", adapter, batch, method.needs) for _ in range(2))
     assert first.dtype == second.dtype == torch.float32
     assert torch.equal(first, second)
     assert torch.equal(method.losses(batch, method.needs, second)[0], method.losses(batch, method.needs)[0])
@@ -438,7 +456,7 @@ def test_v_prediction_trains(tmp_path: Path) -> None:
     [
         ("sft", [(2, True)]),
         ("mapo", [(4, True)]),
-        ("dspo", [(4, False), (2, False), (2, True)]),  # the reference of both, then loser and winner
+        ("dspo", [(2, False)] * 3 + [(2, True)]),  # the reference of winner and loser, then loser and winner
         ("dpo", [(4, False), (4, True)]),
     ],
 )

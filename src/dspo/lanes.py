@@ -36,10 +36,13 @@ def in_lanes(work: Callable[[T], R], batches: Iterable[T], device: torch.device,
             return work(batch)
 
     upcoming = iter(batches)
-    with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        running: deque[Future[R]] = deque(pool.submit(in_lane, batch) for batch in islice(upcoming, lanes))
-        for batch in upcoming:
-            running.append(pool.submit(in_lane, batch))  # waits for a lane, so that no lane waits for a batch
-            yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+    try:
+        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running: deque[Future[R]] = deque(pool.submit(in_lane, batch) for batch in islice(upcoming, lanes))
+            for batch in upcoming:
+                running.append(pool.submit(in_lane, batch))  # waits for a lane, so that no lane waits for a batch
+                yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+    finally:
+        torch.set_num_threads(lanes)  # a lane's 1 would be that of every thread that begins later

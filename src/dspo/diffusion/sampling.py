@@ -115,11 +115,12 @@ def _conditions(pipe: StableDiffusionXLPipeline, requests: Sequence[SampleReques
 def _text_projected_once(unet: UNet2DConditionModel) -> Iterator[None]:
     """On a CPU, keys and values of a text are computed in the first step and kept with the text: no step changes them.
 
-    On a GPU they are at most 1 % of a step, and compiled blocks stay as they are.
+    On a GPU they are at most 1 % of a step, and compiled blocks stay as they are. A layer whose forward is not its
+    class's is left alone: another call that samples from the same UNet has it, or somebody's hook.
     """
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
-    on_cpu = unet.device.type == "cpu"
-    layers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v) if on_cpu]
+    layers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+    layers = [layer for layer in layers if unet.device.type == "cpu" and "forward" not in vars(layer)]
     for layer in layers:
         layer.forward = partial(_kept, layer.forward)
     try:

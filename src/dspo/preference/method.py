@@ -49,11 +49,11 @@ class References:
     def __init__(self) -> None:
         self._kept: dict[Hashable, Tensor] = {}
 
-    def of(self, key: Hashable, adapter: Adapter, batch: Batch) -> Tensor:
+    def of(self, key: Hashable, adapter: Adapter, batch: Batch, needs: Needs) -> Tensor:
         """The reference's prediction [2 B, 4, h, w], computed where ``key`` is new; equal keys mean equal batches."""
         if key in self._kept:
             return on_device(self._kept[key], adapter.device).float()
-        predicted = predict_reference(adapter, batch)
+        predicted = predict_reference(adapter, batch, needs)
         kept = torch.empty(predicted.shape, dtype=adapter.dtype, pin_memory=adapter.device.type == "cuda")
         self._kept[key] = kept.copy_(predicted, non_blocking=True)
         return predicted
@@ -67,7 +67,7 @@ def predict(adapter: Adapter, batch: Batch, needs: Needs, reference: Tensor | No
     r_w = r_l = e_l = None
     # The reference first: no graph of the policy is alive meanwhile.
     if needs.reference:
-        r_w, r_l = (predict_reference(adapter, batch) if reference is None else reference).chunk(2)
+        r_w, r_l = (predict_reference(adapter, batch, needs) if reference is None else reference).chunk(2)
     if needs.loser == "value":
         with torch.no_grad():
             e_l = forward(adapter.unet, batch.noisy_l, batch)
@@ -79,10 +79,15 @@ def predict(adapter: Adapter, batch: Batch, needs: Needs, reference: Tensor | No
 
 
 @torch.no_grad()
-def predict_reference(adapter: Adapter, batch: Batch) -> Tensor:
-    """The UNet without the adapter on the winners, then the losers, [2 B, 4, h, w] float32."""
+def predict_reference(adapter: Adapter, batch: Batch, needs: Needs) -> Tensor:
+    """The UNet without the adapter on the winners, then the losers, [2 B, 4, h, w] float32.
+
+    In one pass where the policy takes one, else in two: an untrained policy is the reference to the bit.
+    """
+    both = [batch.noisy_w, batch.noisy_l]
     with adapter.disabled():
-        return forward(adapter.unet, torch.cat([batch.noisy_w, batch.noisy_l]), batch)
+        parts = [torch.cat(both)] if needs.loser == "gradient" else both
+        return torch.cat([forward(adapter.unet, part, batch) for part in parts])
 
 
 def forward(unet: UNet2DConditionModel, noisy: Tensor, batch: Batch) -> Tensor:

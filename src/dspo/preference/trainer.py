@@ -133,7 +133,7 @@ def train(
                 batch = method.batch(pairs, draws)
                 reference = None
                 if params.fixed_draws is not None and method.needs.reference:
-                    reference = references.of((drawn, step_in_epoch, number), adapter, batch)
+                    reference = references.of((drawn, step_in_epoch, number), adapter, batch, method.needs)
                 torch.manual_seed(keyed_seed(seed, "adapter dropout", step, number * params.batch_size))
                 losses, columns = method.losses(batch, method.needs, reference)
                 # The step's pairs and the whole set's mean weight: cutting into micro-batches changes nothing.
@@ -278,7 +278,7 @@ def held_out_row(method: Method, references: References, pairs: Pairs, params: T
     parts = []
     for number, drawn in distributed.share(enumerate(batches)):
         batch = method.batch(pairs, drawn)
-        reference = references.of(("held out", number), method.adapter, batch)
+        reference = references.of(("held out", number), method.adapter, batch, EVERYTHING)
         parts.append(method.losses(batch, EVERYTHING, reference)[1])
     columns = joined(merged(parts))
     return {"loss": columns["loss"].mean().item(), **summary(columns, n_timesteps)}

@@ -132,8 +132,9 @@ class Stems:
         backbone: Backbone,
         pairs: RatedPairs,
         dtype: Dtype,
+        views: int = 1,  # that will be asked for: an image is decoded once for all of them
         view: View = VIEWS[0],
-        resized: dict[int, Pixels] | None = None,  # the images by their rows, as another view left them
+        first: "Stems | None" = None,  # of the same set
     ) -> None:
         self.backbone = backbone
         self.pairs = pairs
@@ -141,20 +142,21 @@ class Stems:
         self.view = view
         self.device = backbone.clip.logit_scale.device
         self._others: dict[View, Stems] = {}
-        self._threads = ThreadPoolExecutor(processes())
-        self._resized = {} if resized is None else resized
-        self._fits = False
+        self._threads: ThreadPoolExecutor = ThreadPoolExecutor(processes()) if first is None else first._threads
+        self._resized: dict[int, Pixels] = {} if first is None else first._resized
+        self._keeps_pixels = False
         self.ids = backbone.tokenize(view.captions(pairs.captions))
         one = self._image_stems(np.array([0]))
-        self._fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
-        self.kept = self._keep() if self._fits else None
+        fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
+        self._keeps_pixels = fits and views > 1
+        self.kept = self._keep() if fits else None
 
     def seen(self, view: View) -> "Stems":
         """Those of the same set in another view, made once."""
         if view == self.view:
             return self
         if view not in self._others:
-            self._others[view] = Stems(self.backbone, self.pairs, self.dtype, view, self._resized)
+            self._others[view] = Stems(self.backbone, self.pairs, self.dtype, view=view, first=self)
         return self._others[view]
 
     def images(self, rows: Rows) -> Tensor:
@@ -183,7 +185,7 @@ class Stems:
         if image is None:
             image = decode_image(self.pairs.images[row].as_py(), f"{self.pairs.path}: distinct image {row}")
             image = self.backbone.resize(image)
-            if self._fits:  # other views of a set that fits come from the same pixels
+            if self._keeps_pixels:
                 self._resized[row] = image
         return self.view.image(image, self.backbone.patch)
 

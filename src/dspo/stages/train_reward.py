@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
 
     model = build_model(reward, params.seed, device())
     backbone_hash = weights_sha256(model.backbone.clip)
-    stems = {name: Stems(model.backbone, pairs, reward.dtype) for name, pairs in splits.items()}
+    stems = {name: Stems(model.backbone, pairs, reward.dtype, reward.views) for name, pairs in splits.items()}
     zero_shot = view_differences(model, stems["test"])[:, model.heads.index("overall")]
     checkpoint = scratch.path / "checkpoint.pt"
     trained = train_reward(model, stems["train"], stems["validation"], reward, params.seed, checkpoint)

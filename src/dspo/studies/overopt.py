@@ -125,7 +125,7 @@ def reward_of(raters: Raters, rated: list[RatedPair], params: Params, folder: Pa
         reward = reward.model_copy(update={"epochs": max(reward.epochs, least)})
         model = build_model(reward, params.seed, device())
         backbone_hash = weights_sha256(model.backbone.clip)
-        stems = {split: Stems(model.backbone, pairs, reward.dtype) for split, pairs in splits.items()}
+        stems = {split: Stems(model.backbone, pairs, reward.dtype, reward.views) for split, pairs in splits.items()}
         checkpoint = folder / "reward-checkpoint.pt"
         trained = train_reward(model, stems["train"], stems["validation"], reward, params.seed, checkpoint)
         differences = score_differences(model, stems["validation"])

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     scratch = open_scratch("reward_ablation", what_decides, [paths.ratings, *local_files(reward)])
     splits = {name: read_ratings(paths.ratings / f"{name}.parquet") for name in ("train", "validation", "test")}
     backbone = build_model(reward, params.seed, device()).backbone
-    stems = {name: Stems(backbone, pairs, reward.dtype) for name, pairs in splits.items()}
+    stems = {name: Stems(backbone, pairs, reward.dtype, reward.views) for name, pairs in splits.items()}
 
     trials: dict[str, list[Trial]] = {}
     for name, variant in variants(reward).items():
