@@ -42,12 +42,6 @@ IMAGES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """The models' weights, and so how near to zero a score that sums large terms comes, are the same in every run."""
-    torch.manual_seed(0)
-
-
 def judge(name: str, **found_at: Path) -> ForeignJudge:
     fields = {key: {"place": str(path), "revision": None} for key, path in found_at.items()}
     return ForeignJudge(TypeAdapter(ForeignJudgeParams).validate_python({"name": name, **fields}), CPU)
