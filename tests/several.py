@@ -88,7 +88,7 @@ def judge(output: str) -> None:
     pipe = load_pipeline(params.active.base, torch.device("cpu"))
     sample_to_shards(pipe, requests, settings.sampler, RESOLUTION, 0, settings.batch_size, folder)
     images = load_shards(folder)
-    judges = Judges(Redness(), False, None, settings.batch_size, 1)  # type: ignore[arg-type]
+    judges = Judges(Redness(), False, None, settings.batch_size, 1)  # type: ignore[arg-type]  # has what is called of a scorer
     groups = {"base": images, "few": images.take(np.array([4]))}
     judged = evaluate._judged(judges, groups)
     if distributed.first():

@@ -45,8 +45,10 @@ def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_p
     adapter = with_adapter(base, world.train)
     trained = sum(parameter.numel() for parameter in adapter.parameters.values())
     logging.disable(logging.WARNING)  # open_clip's, that no weights were loaded
-    reward = parameter_bytes(build_model(reward_params(reward_folder), params.seed, META))
-    logging.disable(logging.NOTSET)
+    try:
+        reward = parameter_bytes(build_model(reward_params(reward_folder), params.seed, META))
+    finally:
+        logging.disable(logging.NOTSET)
 
     pairs, held_out = pair_counts(prompts, world, params.seed)
     checked = min(world.train.validation_prompts, len(held_out_ids(prompts, world, params.seed)))
