@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def make_pairs(output: str = "pairs") -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit_params(**score_section: object) -> None:
@@ -204,9 +204,14 @@ def test_pairs_hold_what_the_records_say(folder: Path) -> None:
         assert 1 >= row["rca_0"] > row["rca_1"] >= 0
 
 
-def test_text_embeddings_are_those_of_the_pairs_and_the_null_prompt(folder: Path) -> None:
+def test_text_embeddings_are_those_of_the_pairs_and_the_null_prompt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dspo.preference.scoring.PROMPTS_PER_FILE", 1)
     output = make_pairs()
-    tensors = load_file(output / "text.safetensors")
+    files = [load_file(file) for file in (output / "text").iterdir()]
+    assert {len(tensors) for tensors in files} == {2}
+    tensors = dict(chain.from_iterable(tensors.items() for tensors in files))
     captions = {
         row["prompt_id"]: row["caption"]
         for split in ("train", "validation")

@@ -608,11 +608,10 @@ def write_pairs_folder(folder: Path, n: int = 4) -> None:
             "latent_shape": [[4, 4, 4] for _ in rows],
         }
         write_table(pa.table(columns, schema=PAIRS), folder / f"{name}.parquet")
-    names = ("prompt0", "prompt1", "null")
-    text = {f"{name}.embeds": pairs.embeds[i].clone() for i, name in enumerate(names)}
-    save_file(
-        text | {f"{name}.pooled": pairs.pooled[i].clone() for i, name in enumerate(names)}, folder / "text.safetensors"
-    )
+    (folder / "text").mkdir()
+    for i, name in enumerate(("prompt0", "prompt1", "null")):
+        text = {f"{name}.embeds": pairs.embeds[i].clone(), f"{name}.pooled": pairs.pooled[i].clone()}
+        save_file(text, folder / "text" / f"{name}.safetensors")
 
 
 def test_pairs_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -625,8 +624,8 @@ def test_pairs_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert pairs.size.tolist() == [[24, 32, 0, 0, 24, 32]] * 3
     torch.testing.assert_close(pairs.delta, torch.full((3,), 0.5))
     assert pairs.text_row.tolist() == [0, 1, 0]
-    assert torch.equal(pairs.embeds, expected.embeds)
-    assert torch.equal(pairs.pooled, expected.pooled)
+    assert torch.equal(torch.stack([*pairs.embeds]), torch.stack([*expected.embeds]))
+    assert torch.equal(torch.stack([*pairs.pooled]), torch.stack([*expected.pooled]))
 
 
 def own_memory() -> int:
@@ -636,7 +635,7 @@ def own_memory() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the process's memory")
-def test_latents_stay_on_the_disk(tmp_path: Path) -> None:
+def test_latents_and_text_stay_on_the_disk(tmp_path: Path) -> None:
     n, side = 512, 64
     columns: dict[str, list[object]] = {field.name: [None] * n for field in PAIRS}
     columns |= {name: [1.0] * n for name in ("weight", "rca_0", "rca_1")}
@@ -647,10 +646,12 @@ def test_latents_stay_on_the_disk(tmp_path: Path) -> None:
     columns |= {"latent_0": latent, "latent_1": latent[::-1]}
     write_pairs_folder(tmp_path)
     write_table(pa.table(columns, schema=PAIRS), tmp_path / "train.parquet")
+    text = {f"prompt0.{part}": torch.zeros(2**22) for part in ("embeds", "pooled")}
+    save_file(text, tmp_path / "text" / "prompt0.safetensors")
     before = own_memory()
     pairs, _ = load_pairs(tmp_path)
-    held = pairs.latents_w.nbytes + pairs.latents_l.nbytes
-    assert own_memory() - before < held / 2
+    latents, text_bytes = pairs.latents_w.nbytes + pairs.latents_l.nbytes, 2 * 4 * 2**22
+    assert own_memory() - before < min(latents, text_bytes) / 2
     assert (pairs.latents_w.flatten(1) == torch.arange(n)[:, None]).all()
     assert (pairs.latents_l.flatten(1) == torch.arange(n).flip(0)[:, None]).all()
 
@@ -671,11 +672,14 @@ def test_bad_pairs_are_a_users_mistake(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"train\.parquet, row 3: latent_1 holds values that are no numbers.*base\.vae"):
         load_pairs(tmp_path / "a")
-    (tmp_path / "text.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a whole safetensors"):
+    (tmp_path / "text" / "prompt0.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"prompt0\.safetensors: not a whole safetensors"):
         load_pairs(tmp_path)
-    (tmp_path / "text.safetensors").unlink()
-    with pytest.raises(UserError, match=r"text\.safetensors: no such file"):
+    (tmp_path / "text" / "prompt0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"train\.parquet: no text embedding of prompt prompt0"):
+        load_pairs(tmp_path)
+    shutil.rmtree(tmp_path / "text")
+    with pytest.raises(UserError, match=r"text: no embedding of the empty prompt"):
         load_pairs(tmp_path)
 
 

@@ -43,8 +43,8 @@ class Pairs:
     delta: Tensor  # [n] float32: difference of the calibrated rewards
     size: Tensor  # [n, 6] float32: original height and width, top and left of the crop, height and width; pixels
     text_row: Tensor  # [n] int64: row of the prompt in embeds and pooled
-    embeds: Tensor  # [m + 1, L, C]; the last row is the empty prompt
-    pooled: Tensor  # [m + 1, P]
+    embeds: Sequence[Tensor]  # m + 1 of [L, C], the last of the empty prompt; of load_pairs: on disk, read when used
+    pooled: Sequence[Tensor]  # m + 1 of [P]
     latent_sizes: Tensor | None = None  # [n, 2] int64: a pair's own h and w, all beyond is padding; None: no padding
 
     def __len__(self) -> int:
@@ -90,12 +90,12 @@ def load_pairs(folder: Path) -> tuple[Pairs, Pairs]:
 
     Raises :class:`UserError` for missing or damaged files, no pairs, prompts without text.
     """
-    text = _load_text(folder / "text.safetensors")
+    text = _load_text(folder / "text")
     prompts = sorted(
         name.removesuffix(".embeds") for name in text if name.endswith(".embeds") and name != "null.embeds"
     )
-    embeds = torch.stack([text[f"{prompt}.embeds"] for prompt in (*prompts, "null")])
-    pooled = torch.stack([text[f"{prompt}.pooled"] for prompt in (*prompts, "null")])
+    embeds = [text[f"{prompt}.embeds"] for prompt in (*prompts, "null")]
+    pooled = [text[f"{prompt}.pooled"] for prompt in (*prompts, "null")]
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
 
     def read(path: Path) -> Pairs:
@@ -200,7 +200,7 @@ def make_batch(
     )
     t = on_device(torch.tensor([draw.t for draw in draws]), device)
     dropped = torch.tensor([draw.drop_prompt for draw in draws])
-    text = torch.where(dropped, len(pairs.embeds) - 1, pairs.text_row[rows])
+    text = torch.where(dropped, len(pairs.embeds) - 1, pairs.text_row[rows]).tolist()
     winner = on_device(pairs.latents_w[rows, :, :h, :w], device).float()
     loser = on_device(pairs.latents_l[rows, :, :h, :w], device).float()
     return Batch(
@@ -209,8 +209,8 @@ def make_batch(
         target_w=schedule.target(winner, noise, t),
         target_l=schedule.target(loser, noise, t),
         t=t,
-        embeds=on_device(pairs.embeds[text], device).to(dtype),
-        pooled=on_device(pairs.pooled[text], device).to(dtype),
+        embeds=on_device(torch.stack([pairs.embeds[row] for row in text]), device).to(dtype),
+        pooled=on_device(torch.stack([pairs.pooled[row] for row in text]), device).to(dtype),
         time_ids=on_device(pairs.size[rows], device),
         weight=on_device(pairs.weight[rows], device),
         delta=on_device(pairs.delta[rows], device),
@@ -222,16 +222,17 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _load_text(path: Path) -> dict[str, Tensor]:
-    try:
-        text: dict[str, Tensor] = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage score") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); run the stage score again") from None
+def _load_text(folder: Path) -> dict[str, Tensor]:
+    """Tensors by name, mapped into memory."""
+    text: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            text |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error}); run the stage score again") from None
     if "null.embeds" not in text or "null.pooled" not in text:
         raise UserError(
-            f"{path}: no embedding of the empty prompt (null.embeds, null.pooled); run the stage score again"
+            f"{folder}: no embedding of the empty prompt (null.embeds, null.pooled); run the stage score again"
         )
     return text
 

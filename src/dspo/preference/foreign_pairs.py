@@ -14,9 +14,8 @@ import pyarrow as pa
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from safetensors.torch import save
 
-from dspo.data.files import write_bytes, write_json
+from dspo.data.files import write_json
 from dspo.data.images import Pixels, decode_image, open_parquet, read_table, table_writer
 from dspo.data.keys import prompt_id
 from dspo.data.readers.comparison import Comparison
@@ -28,7 +27,7 @@ from dspo.errors import UserError
 from dspo.params import BaseModelParams, ScoreParams
 from dspo.preference.dataset import batches_alike
 from dspo.preference.pairs import calibrated_rewards, held_out_prompts
-from dspo.preference.scoring import Row, Scorer, text_tensors
+from dspo.preference.scoring import Row, Scorer, write_text
 
 UNSPLIT = "unsplit.parquet"
 ROWS_PER_PART = 128
@@ -51,7 +50,7 @@ def write_foreign_pairs(
 ) -> dict[str, Any]:
     """Fill ``output`` with the comparisons that have a winner, and return the summary that is also written there.
 
-    ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text.safetensors`` and ``summary.json``. The images
+    ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text/`` and ``summary.json``. The images
     are kept as they came; the latents of a pair have the size of the SDXL bucket that is nearest to its aspect ratio,
     at the base's resolution. Without a scorer the ``score_*`` columns are null, and CaPO's calibrated reward is 1 for
     the winner and 0 for the loser: the win rate that people gave them. ``test_prompts``: ids of prompts that are left
@@ -83,7 +82,7 @@ def write_foreign_pairs(
         raise UserError("every weight is 0: nothing would be learnt. Give a pair a weight above 0.")
     held_out = held_out_prompts(captions, params.validation_share, seed)
     _split(output, held_out)
-    write_bytes(save(text_tensors(base, captions, device)), output / "text.safetensors")
+    write_text(base, captions, device, output / "text")
     held = sum(prompt in held_out for prompt in table["prompt_id"].to_pylist())
     summary = {
         "pairs": len(table),

@@ -5,9 +5,8 @@ Several processes share the shards of candidates out; the first one makes the pa
 
 import csv
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +20,15 @@ from torch import Tensor
 from dspo import distributed
 from dspo.data.files import write_bytes, write_json
 from dspo.data.images import Pixels, decode_image, read_table, write_table
+from dspo.data.readers.grouping import in_parts
 from dspo.data.records import CANDIDATES, HEADS, PAIRS
-from dspo.diffusion.base import encode_null, encode_prompts, load_text_encoders
+from dspo.diffusion.base import TextEmbedding, encode_null, encode_prompts, load_text_encoders
 from dspo.errors import UserError
 from dspo.params import BaseModelParams, Head, SamplerParams, ScoreParams
 from dspo.preference.pairs import Candidate, Pair, calibrated_rewards, held_out_prompts, select_pairs, weighted_reward
 from dspo.progress import progress
+
+PROMPTS_PER_FILE = 1024  # of their text: 0.3 MB each for SDXL
 
 Row = dict[str, Any]
 Key = tuple[str, int]  # prompt id, sample index
@@ -62,9 +64,9 @@ def write_pairs(
 ) -> None:
     """Score the shards of ``candidates`` and fill ``output`` with pairs.
 
-    ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text.safetensors`` (what ``base`` sees of the pairs'
-    prompts), ``scores.csv`` (every candidate) and ``summary.json``, by the first process. Called again after a kill, it
-    scores the shards that have no scores yet. Raises :class:`UserError` if there is no pair.
+    ``{train,validation}.parquet`` (columns: ``records.PAIRS``), ``text/`` (what ``base`` sees of the pairs' prompts),
+    ``scores.csv`` (every candidate) and ``summary.json``, by the first process. Called again after a kill, it scores
+    the shards that have no scores yet. Raises :class:`UserError` if there is no pair.
     """
     shards = sorted(candidates.glob("*.parquet"))
     if not shards:
@@ -94,7 +96,7 @@ def write_pairs(
     for split, members in splits.items():
         write_table(pa.Table.from_pylist(members, schema=PAIRS), output / f"{split}.parquet")
     captions = {row["prompt_id"]: row["caption"] for row in rows}
-    write_bytes(save(text_tensors(base, captions, device)), output / "text.safetensors")
+    write_text(base, captions, device, output / "text")
     write_scores(scored, scorer.heads, output / "scores.csv")
     shutil.rmtree(unfinished)
     write_json(summary(scored, pairs, splits, scorer), output / "summary.json")
@@ -192,12 +194,22 @@ def pair_rows(pairs: Sequence[Pair], candidates: dict[Key, Row], rewards: dict[K
     return rows
 
 
-def text_tensors(base: BaseModelParams, captions: dict[str, str], device: torch.device) -> dict[str, Tensor]:
-    """``<prompt_id>.embeds`` [L, C] and ``<prompt_id>.pooled`` [P] of every prompt, and the same of ``null``."""
+def write_text(base: BaseModelParams, captions: Mapping[str, str], device: torch.device, folder: Path) -> None:
+    """What ``base`` sees of the captions by prompt id, as ``<prompt_id>.embeds`` [L, C] and ``<prompt_id>.pooled`` [P].
+
+    In files of ``PROMPTS_PER_FILE``, so that memory never holds the text of a public set; ``null.*`` of the empty
+    prompt has a file of its own.
+    """
     pipe = load_text_encoders(base, device)
-    encoded = encode_prompts(pipe, list(captions.values()))
+    named = zip(captions, encode_prompts(pipe, list(captions.values())), strict=True)
+    write_bytes(save(_text_tensors([("null", encode_null(pipe))])), folder / "null.safetensors")
+    for number, part in enumerate(in_parts(named, PROMPTS_PER_FILE)):
+        write_bytes(save(_text_tensors(part)), folder / f"{number:05d}.safetensors")
+
+
+def _text_tensors(embeddings: Iterable[tuple[str, TextEmbedding]]) -> dict[str, Tensor]:
     tensors = {}
-    for name, embedding in chain(zip(captions, encoded, strict=True), [("null", encode_null(pipe))]):
+    for name, embedding in embeddings:
         # Cloned: rows of one batch share memory, which safetensors refuses.
         tensors[f"{name}.embeds"] = embedding.embeds.cpu().clone()
         tensors[f"{name}.pooled"] = embedding.pooled.cpu().clone()
