@@ -203,8 +203,15 @@ def test_buckets_are_sizes_that_sdxl_was_trained_on():
     assert bucket(3 / 2, 8) == (8, 8)
 
 
+def set_weights(**weights):
+    raw = yaml.safe_load(Path("params.yaml").read_text())
+    raw["worlds"][raw["world"]]["score"]["weights"] = weights
+    Path("params.yaml").write_text(yaml.safe_dump(raw))
+
+
 def test_reward_model_fills_scores_and_calibrated_rewards(folder, models):
     pairs = sample_pairs()
+    set_weights(overall=1.0, fidelity=3.0)
     output = bring(as_folder(folder / "set", pairs), "pairs", "--reward-model", str(models / "reward"))
     rows = [row for name in ("train", "validation") for row in pq.read_table(output / f"{name}.parquet").to_pylist()]
     scorer = load_reward(models / "reward", torch.device("cpu"))
@@ -213,11 +220,15 @@ def test_reward_model_fills_scores_and_calibrated_rewards(folder, models):
         square = np.asarray(Image.open(put(folder / "x.png", losers[row["caption"]])))[:, 4:36]
         expected = scorer.score([square], [row["caption"]], 1)[0]
         np.testing.assert_allclose([row[f"score_1_{head}"] for head in scorer.heads], expected, rtol=1e-4, atol=1e-5)
-        gap = row["score_0_overall"] - row["score_1_overall"]
+        winner, loser = ((row[f"score_{side}_overall"] + 3 * row[f"score_{side}_fidelity"]) / 4 for side in (0, 1))
+        gap = winner - loser
         assert row["rca_0"] == pytest.approx(1 / (1 + np.exp(-gap / 0.5)))
         assert row["rca_0"] + row["rca_1"] == pytest.approx(1)
     assert scorer.heads == HEADS
     assert json.loads((output / "summary.json").read_text())["untrained_heads"] == ["detail"]
+    set_weights(detail=1.0)
+    refused = bring(folder / "set", "other", "--reward-model", str(models / "reward"), code=2)
+    assert "score.weights: the reward model has no trained head detail" in refused
 
 
 def test_training_takes_them_in_their_own_shapes(folder, models):

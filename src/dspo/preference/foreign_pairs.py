@@ -26,8 +26,8 @@ from dspo.diffusion.encoding import Fitted, bucket, encode_images, fit
 from dspo.errors import UserError
 from dspo.params import BaseModelParams, ScoreParams
 from dspo.preference.dataset import batches_alike
-from dspo.preference.pairs import calibrated_rewards, held_out_prompts
-from dspo.preference.scoring import Row, Scorer, write_text
+from dspo.preference.pairs import calibrated_rewards, held_out_prompts, weighted_reward
+from dspo.preference.scoring import Row, Scorer, trained_heads, write_text
 
 UNSPLIT = "unsplit.parquet"
 ROWS_PER_PART = 128
@@ -55,8 +55,10 @@ def write_foreign_pairs(
     at the base's resolution. Without a scorer the ``score_*`` columns are null, and CaPO's calibrated reward is 1 for
     the winner and 0 for the loser: the win rate that people gave them. ``test_prompts``: ids of prompts that are left
     out. Images are in memory by ``params.batch_size`` pairs. Raises :class:`UserError` if there are fewer than two
-    prompts, since one is held out.
+    prompts, since one is held out, or if ``params.weights`` has a head that the scorer lacks.
     """
+    if scorer is not None:
+        trained_heads(scorer, params.weights)
     counts: Counter[str] = Counter()
     parts = in_parts(_decided(comparisons, test_prompts, counts), params.batch_size)
     first = next(parts, [])  # before the costly loading of a model: most mistakes are in the first rows already
@@ -67,7 +69,7 @@ def write_foreign_pairs(
             counts["enlarged"] += sum(image.enlarged for both in images for image in both)
             rows = [_row(*one) for one in zip(part, _encoded(vae, images), images, strict=True)]
             if scorer is not None:
-                _add_scores(rows, [image.pixels for both in images for image in both], scorer, params.batch_size)
+                _add_scores(rows, [image.pixels for both in images for image in both], scorer, params)
             write(pa.Table.from_pylist(rows, schema=PAIRS))
             if number % PARTS_PER_LINE == 0:
                 log.info("%d pairs encoded", number * params.batch_size)
@@ -153,17 +155,17 @@ def _row(pair: Comparison, latents: Latents, images: Sequence[Fitted]) -> Row:
     return row
 
 
-def _add_scores(rows: Sequence[Row], images: Sequence[Pixels], scorer: Scorer, batch_size: int) -> None:
+def _add_scores(rows: Sequence[Row], images: Sequence[Pixels], scorer: Scorer, params: ScoreParams) -> None:
     """``images``: those of the rows, winner and loser in turn."""
     captions = [row["caption"] for row in rows for _ in range(2)]
-    scores = scorer.score(images, captions, batch_size)
-    overall = scores[:, list(scorer.heads).index("overall")].reshape(-1, 2)
-    for number, row in enumerate(rows):
-        calibrated = calibrated_rewards(overall[number].tolist(), scorer.temperature)
+    scored = scorer.score(images, captions, params.batch_size).tolist()
+    by_head = [dict(zip(scorer.heads, scores, strict=True)) for scores in scored]
+    for row, both in zip(rows, zip(by_head[::2], by_head[1::2], strict=True), strict=True):
+        rewards = [weighted_reward(scores, params.weights) for scores in both]
+        calibrated = calibrated_rewards(rewards, scorer.temperature)
         for side in (0, 1):
             row[f"rca_{side}"] = float(calibrated[side])
-            for head, value in zip(scorer.heads, scores[2 * number + side].tolist(), strict=True):
-                row[f"score_{side}_{head}"] = value
+            row |= {f"score_{side}_{head}": value for head, value in both[side].items()}
 
 
 def _split(output: Path, held_out: set[str]) -> None:

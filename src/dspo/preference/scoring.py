@@ -71,11 +71,7 @@ def write_pairs(
     shards = sorted(candidates.glob("*.parquet"))
     if not shards:
         raise UserError(f"{candidates}: no candidates here. Make them: `dvc repro generate_pairs`")
-    trained = [head for head in scorer.heads if head not in scorer.untrained]
-    if missing := [head for head in params.weights if head not in trained]:
-        raise UserError(
-            f"score.weights: the reward model has no trained head {missing[0]}. Choose from: {', '.join(trained)}"
-        )
+    trained = trained_heads(scorer, params.weights)
     unfinished = output / "scores"
     score_shards(shards, scorer, params.batch_size, unfinished)
     if not distributed.first():
@@ -100,6 +96,16 @@ def write_pairs(
     write_scores(scored, scorer.heads, output / "scores.csv")
     shutil.rmtree(unfinished)
     write_json(summary(scored, pairs, splits, scorer), output / "summary.json")
+
+
+def trained_heads(scorer: Scorer, weights: Mapping[Head, float]) -> list[str]:
+    """The heads whose scores mean something. Raises :class:`UserError` if ``weights`` has another."""
+    trained = [head for head in scorer.heads if head not in scorer.untrained]
+    if missing := [head for head in weights if head not in trained]:
+        raise UserError(
+            f"score.weights: the reward model has no trained head {missing[0]}. Choose from: {', '.join(trained)}"
+        )
+    return trained
 
 
 def score_shards(shards: Sequence[Path], scorer: Scorer, batch_size: int, folder: Path) -> None:
