@@ -1,6 +1,7 @@
 """Outputs appear whole or not at all, whatever happens and whenever."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
@@ -167,6 +168,15 @@ def test_folder_of_a_running_process_is_neither_removed_nor_shared(folder):
     open_scratch("demo", {"lr": 2.0}, [folder / "input.txt"])
     assert first.path.exists()
     with pytest.raises(UserError, match="another process is at work"):
+        open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
+
+
+def test_a_file_system_without_locks(folder, monkeypatch):
+    def unknown(descriptor, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(atomic.fcntl, "flock", unknown)
+    with pytest.raises(UserError, match=r"has no locks .*flock.*DSPO_SCRATCH"):
         open_scratch("demo", {"lr": 1.0}, [folder / "input.txt"])
 
 

@@ -50,6 +50,23 @@ def judged(scores: dict[str, list[float]], seeds: int = 2) -> Images:
     return Images(table, images, {name: np.array(column, dtype=np.float64) for name, column in scores.items()})
 
 
+def test_rows_of_more_images_than_one_arrow_array_holds() -> None:
+    """Arrow joins a column to take rows of it, and its arrays of bytes end at 2 GiB."""
+    half = pa.array([bytes(2**30)])
+    column = pa.chunked_array([half, half, half])
+    table = pa.table({"prompt_id": ["a", "a", "b"], "caption": ["a", "a", "b"], "image": column})
+    pixels = [np.full((2, 2, 3), value, np.uint8) for value in range(3)]
+    images = Images(table, pixels, {"gold": np.arange(3.0)})
+    some = images.where(np.array([False, True, True]))
+    assert (some.prompt_ids, [one[0, 0, 0] for one in some.images], list(some.scores["gold"])) == (
+        ["a", "b"],
+        [1, 2],
+        [1.0, 2.0],
+    )
+    assert some.with_images(pixels[:2]).captions == ["a", "b"]
+    assert images.take(np.array([2, 2])).prompt_ids == ["b", "b"]
+
+
 def test_drift_statistics_by_hand() -> None:
     assert saturation(flat(100, 100, 100)) == 0
     assert saturation(flat(200, 100, 50)) == pytest.approx(0.75)

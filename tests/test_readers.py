@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import threading
 import tracemalloc
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from published_sets import hpdv2, hpdv3, imagerewarddb, pickapic, picture, put, richhf, write_csv
 
 from dspo.data.readers import guess_layout, json_rows, read_comparisons
+from dspo.data.readers.ahead import read_ahead
 from dspo.data.readers.comparison import rating_row
 from dspo.data.readers.grouping import grouped
 from dspo.errors import UserError
@@ -170,6 +172,26 @@ def test_row_does_not_depend_on_the_files_sides(tmp_path):
         first = row["jpg_0"] == picture(1)
         assert (row["label_0"], row["y_overall"], row["y_fidelity"]) == ((1, 1, 0.25) if first else (0, 0, 0.75))
         assert row["y_detail"] is None
+
+
+def test_rows_are_read_side_by_side_in_order_and_few_ahead(monkeypatch):
+    monkeypatch.setenv("DSPO_PROCESSES", "2")
+    both_at_work = threading.Barrier(2, timeout=60)
+    taken = []
+
+    def rows():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    def read_row(number):
+        both_at_work.wait()
+        return number
+
+    found = read_ahead(read_row, rows())
+    assert next(found) == 0
+    assert len(taken) == 4
+    assert list(found) == list(range(1, 100))
 
 
 def test_rows_of_json_in_small_pieces(tmp_path, monkeypatch):

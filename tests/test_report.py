@@ -1,8 +1,10 @@
 """The report: figures equal their inputs, prompts are text, equal bytes, gates decide, the page fits a browser."""
 
+import hashlib
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -27,7 +29,7 @@ from dspo.reporting.pictures import SHOWN, choose, data_uri, differences
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import SAME_RATINGS, summarise
 from dspo.reporting.tables import JUDGES, words
-from dspo.stages.report import INPUTS
+from dspo.stages.report import INPUTS, digest
 from dspo.stages.report import main as report_main
 
 ROOT = Path(__file__).parents[1]
@@ -267,6 +269,18 @@ def shown(row: Json) -> Json:
     """A win rate as the summary holds it."""
     names = ("win_rate", "n_prompts", "n_images", "n_decided", "tie_share", "win_rate_ties_half")
     return {name: row[name] for name in names} | {"ci95": [row["low"], row["high"]]}
+
+
+def test_a_folder_is_hashed_by_parts(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/large").write_bytes(bytes(2**26))
+    (tmp_path / "a").write_bytes(b"first")
+    tracemalloc.start()
+    found = digest(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == hashlib.md5(b"a\0first" + b"b/large\0" + bytes(2**26)).hexdigest()
+    assert peak < 2**23
 
 
 def test_the_summary_holds_the_figures_of_its_inputs(reports: Path) -> None:

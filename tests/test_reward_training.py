@@ -73,14 +73,36 @@ def test_it_learns_what_the_raters_like(clip_name: str, ratings: Path, fusion: b
     assert not score_differences(model, validation)[:, 4].any()  # detail had no labels
 
 
-def test_a_set_in_another_view(clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[str] = []
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with every image that is decoded."""
+    places: list[str] = []
 
     def counted(image: bytes, where: str) -> Pixels:
-        decoded.append(where)
+        places.append(where)
         return decode_image(image, where)
 
     monkeypatch.setattr("dspo.reward.dataset.decode_image", counted)
+    return places
+
+
+def test_expected_images_are_decoded_once(
+    clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
+    backbone = build_model(reward_params(clip_name), 0, CPU).backbone
+    pairs = read_ratings(ratings / "train.parquet")
+    kept = Stems(backbone, pairs, "float32")
+    monkeypatch.setattr("dspo.reward.dataset.STEM_BYTES", 0)
+    stems, rows = Stems(backbone, pairs, "float32"), np.array([4, 0, 2])
+    decoded.clear()
+    stems.expect(rows)
+    torch.testing.assert_close(stems.images(rows), kept.images(rows))
+    assert len(decoded) == 3
+    torch.testing.assert_close(stems.images(rows[1:]), kept.images(rows[1:]))
+    assert len(decoded) == 5
+
+
+def test_a_set_in_another_view(clip_name: str, ratings: Path, decoded: list[str]) -> None:
     backbone = build_model(reward_params(clip_name), 0, CPU).backbone
     pictures = list(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
     pairs = replace(

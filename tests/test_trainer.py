@@ -39,6 +39,7 @@ from dspo.preference.dataset import (
     held_out_draws,
     load_pairs,
     make_batch,
+    rows_of,
     training_draw,
     with_random_labels,
 )
@@ -101,6 +102,17 @@ def same(a: Trained, b: Trained) -> bool:
 
 class Killed(BaseException):
     pass
+
+
+def test_few_of_many_held_out_pairs_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = params(epochs=1)
+    adapter, schedule = make_adapter(p)
+    many = make_pairs(9, seed=1)
+    monkeypatch.setattr("dspo.preference.trainer.WATCHED", 3)
+    watched = sorted(epoch_order(many, 0, 0)[:3])
+    trained = train(adapter, schedule, make_pairs(3), many, p, 0, tmp_path / "many")
+    adapter, schedule = make_adapter(p)
+    assert same(train(adapter, schedule, make_pairs(3), rows_of(many, watched), p, 0, tmp_path / "few"), trained)
 
 
 # Calls of the clipping, one per step: before the first checkpoint, between two, in the first step of an epoch.

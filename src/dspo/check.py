@@ -15,7 +15,8 @@ from dspo.data.files import read_json
 from dspo.data.hub import Missing
 from dspo.data.prompts import read_prompts
 from dspo.diffusion import files
-from dspo.environment import device
+from dspo.diffusion.compiled import GET_COMPILER, lacks_compiler
+from dspo.environment import c_compiler, device
 from dspo.errors import UserError
 from dspo.evaluation.foreign import places
 from dspo.params import BaseModelParams, ForeignJudgeParams, Params, RewardParams, load_params
@@ -62,6 +63,9 @@ def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Chec
     if params.active.evaluate.foreign_judges:
         yield _judges(params.active.evaluate.foreign_judges)
     yield _device(params)
+    if torch.cuda.is_available():
+        lacking = lacks_compiler()
+        yield Check("compiler", lacking or str(c_compiler()), GET_COMPILER if lacking else None)
     yield _disk(params)
 
 

@@ -1,17 +1,19 @@
 """Environment variables: they say where things are, never what the program does. The one module that reads them.
 
-``DSPO_DEVICE``          torch device, e.g. ``cuda:1`` or ``cpu``; default: the first CUDA device, else the CPU. Under a
-                         launcher the default is the CUDA device of the process's place on its machine
+``DSPO_DEVICE``          torch device, e.g. ``cuda:1`` or ``cpu``; default: ``cuda`` where there is one, else the CPU.
+                         ``cuda`` is the first one, under a launcher that of the process's place on its machine
 ``DSPO_SCRATCH``         folder for unfinished work; default: ``scratch`` in the current folder
 ``DSPO_PROCESSES``       processes for work that is spread over CPU cores; default: the cores this process may use
 ``DSPO_LAUNCH``          command that starts a stage in several processes (docs/scaling.md); default: one process
 ``MLFLOW_TRACKING_URI``  default: ``mlflow.db`` at the repository's root
+``CC``                   the C compiler that Triton calls on a GPU; default: gcc, then clang
 
 A launcher such as `accelerate launch` sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` for the processes it starts.
 """
 
 import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,9 @@ def device() -> "torch.device":
     """Raises :class:`UserError` if ``DSPO_DEVICE`` names a device that is not there."""
     import torch  # here, so that reading a path does not cost torch's import
 
-    own = f"cuda:{os.environ['LOCAL_RANK']}" if launched() else "cuda"
-    name = os.environ.get("DSPO_DEVICE") or (own if torch.cuda.is_available() else "cpu")
+    name = os.environ.get("DSPO_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -66,6 +69,12 @@ def processes() -> int:
     if not wanted.isdecimal() or int(wanted) < 1:
         raise UserError(f"DSPO_PROCESSES={wanted}: expected a whole number of 1 or more")
     return int(wanted)
+
+
+def c_compiler() -> str | None:
+    """Path of the compiler that Triton calls on a GPU; None if there is none."""
+    commands = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return next(filter(None, map(shutil.which, commands)), None)
 
 
 def repository_root() -> Path:

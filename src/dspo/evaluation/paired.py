@@ -119,15 +119,20 @@ class Images:
         return np.asarray(self.table["sample_index"].to_pylist(), dtype=np.int64)
 
     def take(self, rows: npt.NDArray[np.int64]) -> "Images":
+        """These rows, to be compared and not to be written."""
         scores = {name: column[rows] for name, column in self.scores.items()}
-        return Images(self.table.take(rows), [self.images[row] for row in rows], scores)
+        return Images(self._plain_columns().take(rows), [self.images[row] for row in rows], scores)
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "Images":
         return self.take(np.flatnonzero(mask))
 
     def with_images(self, images: list[Image]) -> "Images":
         """Other pictures in the same rows, not judged yet and not to be written."""
-        return Images(self.table.drop_columns("image"), images, {})
+        return Images(self._plain_columns(), images, {})
+
+    def _plain_columns(self) -> pa.Table:
+        """The table without encoded images: Arrow joins all of a column to take rows of it, and cannot above 2 GiB."""
+        return self.table.select([name for name in self.table.column_names if name != "image"])
 
     def write(self, path: Path) -> None:
         table = self.table

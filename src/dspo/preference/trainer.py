@@ -31,6 +31,7 @@ from dspo.preference.dataset import (
     batches_alike,
     epoch_order,
     held_out_draws,
+    rows_of,
     training_draw,
     with_random_labels,
 )
@@ -41,6 +42,7 @@ from dspo.preference.method import Method, References, prepare
 from dspo.preference.schedule import NoiseSchedule
 from dspo.progress import progress
 
+WATCHED = 256  # held-out pairs at most; a public set holds out more than a check has time for
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 
@@ -87,6 +89,7 @@ def train(
         raise UserError("train: every training pair's prompt has weight 0. Give a prompt a weight above 0.")
     if params.random_labels:
         pairs = with_random_labels(pairs, seed)
+    held_out = rows_of(held_out, sorted(epoch_order(held_out, seed, 0)[:WATCHED]))
     if distributed.first() and distributed.count() > params.gradient_accumulation_steps:
         logger.warning(
             "train: a step has %d micro-batches for %d processes, so that some of them do nothing; "

@@ -3,7 +3,7 @@
 import hashlib
 import mmap
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,6 +145,7 @@ class Stems:
         self._threads: ThreadPoolExecutor = ThreadPoolExecutor(processes()) if first is None else first._threads
         self._resized: dict[int, Pixels] = {} if first is None else first._resized
         self._keeps_pixels = False
+        self._expected: tuple[Rows, list[Future[Pixels]]] = (np.array([-1]), [])
         self.ids = backbone.tokenize(view.captions(pairs.captions))
         one = self._image_stems(np.array([0]))
         fits = len(pairs.images) * one.numel() * one.element_size() <= STEM_BYTES
@@ -163,6 +164,11 @@ class Stems:
         """[len(rows), 1 + n_patches, image_width]."""
         return self._image_stems(rows) if self.kept is None else self.kept[torch.from_numpy(rows).to(self.device)]
 
+    def expect(self, rows: Rows) -> None:
+        """Begin to decode what :meth:`images` will be asked for next, if it has to."""
+        if self.kept is None:
+            self._expected = rows, [self._threads.submit(self._image, row) for row in rows.tolist()]
+
     def texts(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Stems [len(rows), length, text_width] and places of the end-of-text tokens [len(rows)]."""
         ids = self.ids[torch.from_numpy(rows)].to(self.device)
@@ -175,7 +181,11 @@ class Stems:
         return torch.cat(list(in_lanes(self._image_stems, batches, self.device, self.backbone.side)))
 
     def _image_stems(self, rows: Rows) -> Tensor:
-        images = list(self._threads.map(self._image, rows.tolist()))
+        expected, decoding = self._expected
+        if np.array_equal(rows, expected):
+            images = [one.result() for one in decoding]
+        else:
+            images = list(self._threads.map(self._image, rows.tolist()))
         with autocast(self.device, self.dtype):
             return self.backbone.image_stem(self.backbone.preprocess(images).to(self.device))
 

@@ -1,7 +1,7 @@
 """Training of the reward model, in the order in which things happen.
 
-Every draw is keyed by seed, purpose and step, and a checkpoint holds all that the next step depends on: a run that was
-killed and started again ends in the same bytes.
+Every draw is keyed by seed, purpose and step, and a checkpoint holds all that the next step depends on: on a CPU a run
+that was killed and started again ends in the same bytes.
 """
 
 import io
@@ -26,6 +26,7 @@ from dspo.progress import progress
 from dspo.reward.dataset import Floats, RatedPairs, Rows, Stems, autocast
 from dspo.reward.losses import masked_head_loss, mix_rows
 from dspo.reward.model import RewardModel
+from dspo.reward.views import View
 
 MIXUP_SHARE = 0.8  # of the steps; the last ones see real pairs only
 CHECKPOINT_EVERY_STEPS = 100
@@ -65,7 +66,8 @@ def train_reward(
     ema = current_weights(model)
     labels = torch.from_numpy(pairs.head_shares(model.heads)).float().to(train.device)
     steps_per_epoch = math.ceil(len(pairs) / params.batch_size)
-    n_steps = steps_per_epoch * params.epochs
+    batches = batches_of(pairs, params, seed)
+    n_steps = len(batches)
     losses: list[float] = []
     curve: list[dict[str, float]] = []
     start = 0
@@ -77,11 +79,12 @@ def train_reward(
         start, losses, curve = saved["step"], saved["losses"], saved["curve"]
         logger.info("reward training continues at step %d of %d", start, n_steps)
 
+    def view_of(step: int) -> View:
+        return learnt_from[int(keyed_rng(seed, "reward-view", step).integers(len(learnt_from)))]
+
     for step in progress(range(start, n_steps), n_steps - start, "reward"):
         epoch, batch = divmod(step, steps_per_epoch)
-        if batch == 0 or step == start:
-            order = epoch_order(pairs, seed, epoch)
-        rows = order[batch * params.batch_size : (batch + 1) * params.batch_size]
+        rows = batches[step]
         for group, lr in zip(optimizer.param_groups, lr_of_group, strict=True):
             group["lr"] = lr * schedule(step, params.warmup_steps, n_steps)
         mixing = params.mixup_alpha > 0 and step < MIXUP_SHARE * n_steps
@@ -95,8 +98,9 @@ def train_reward(
             else None
         )
 
-        view = learnt_from[int(keyed_rng(seed, "reward-view", step).integers(len(learnt_from)))]
-        loss = batch_loss(model, train.seen(view), rows, labels, mix, params.focal_gamma)
+        loss = batch_loss(model, train.seen(view_of(step)), rows, labels, mix, params.focal_gamma)
+        for following in batches[step + 1 : step + 2]:
+            train.seen(view_of(step + 1)).expect(distinct_views(pairs, following)[0][:, 1])
         if not torch.isfinite(loss):
             raise UserError(f"reward: the loss is {loss.item()} at step {step}; lower reward.lr_heads or lr_backbone")
         optimizer.zero_grad(set_to_none=True)
@@ -175,6 +179,12 @@ def epoch_order(pairs: RatedPairs, seed: int, epoch: int) -> Rows:
     prompts, prompt_of_pair = np.unique(pairs.prompt_id, return_inverse=True)
     place_of_prompt = rng.permutation(len(prompts))
     return np.lexsort((rng.permutation(len(pairs)), place_of_prompt[prompt_of_pair]))
+
+
+def batches_of(pairs: RatedPairs, params: RewardParams, seed: int) -> list[Rows]:
+    """The rows of every step's pairs, epoch by epoch."""
+    orders = (epoch_order(pairs, seed, epoch) for epoch in range(params.epochs))
+    return [order[i : i + params.batch_size] for order in orders for i in range(0, len(order), params.batch_size)]
 
 
 def batch_loss(

@@ -46,7 +46,7 @@ def open_scratch(stage: str, params: Mapping[str, Any], inputs: Sequence[Path]) 
     ``params``: everything that decides the result, as JSON values; ``inputs``: files and folders, by content. Folders
     of the same stage with another fingerprint are removed unless a process is at work there. Raises
     :class:`UserError` if another process does this very work at this moment, an input is missing, or nothing can be
-    written there.
+    written or locked there.
     """
     code = Path(dspo.__file__).parent
     lock_file = code.parents[1] / "requirements.runtime.lock"
@@ -98,6 +98,12 @@ def _lock(folder: Path) -> int | None:
             return descriptor
     except BlockingIOError:
         pass
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"{folder}: this file system has no locks ({error.strerror}). Mount it with them (Lustre: -o flock), or "
+            "set DSPO_SCRATCH to a folder on another one."
+        ) from None
     os.close(descriptor)
     return None
 

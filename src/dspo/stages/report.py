@@ -118,7 +118,10 @@ def digest(path: Path) -> str:
     """md5 over the names and bytes of a folder's files."""
     total = hashlib.md5(usedforsecurity=False)
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        total.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+        total.update(str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as stream:
+            while part := stream.read(2**20):
+                total.update(part)
     return total.hexdigest()
 
 

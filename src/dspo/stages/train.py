@@ -36,7 +36,6 @@ def main(argv: list[str]) -> None:
     paths = arguments(__doc__, argv, "pairs", "reward", "validation-prompts", "output", "log")
     params = load_params(paths.params)
     world = params.active
-    pairs, held_out = load_pairs(paths.pairs)
     prompts = read_split(paths.validation_prompts)[: world.train.validation_prompts]
     if not prompts:
         raise UserError(f"{paths.validation_prompts}: no prompts for the reward check; raise prompts.validation_share")
@@ -50,6 +49,7 @@ def main(argv: list[str]) -> None:
     inputs = [paths.pairs, paths.reward, paths.validation_prompts, *local_files(world.base)]
     scratch = SharedScratch("train", settings, inputs)
 
+    pairs, held_out = load_pairs(paths.pairs)
     pipe = load_pipeline(world.base, device())
     adapter = add_dora(pipe.unet, world.train, params.seed)
     schedule = NoiseSchedule.of(pipe.scheduler, device())

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dspo.environment import device
 from dspo.evaluation.judges import Judges
 from dspo.evaluation.paired import evaluation_requests
 from dspo.params import Params, TrainParams
-from dspo.preference.dataset import Pairs, held_out_draws, make_batch
+from dspo.preference.dataset import Pairs, held_out_draws, make_batch, rows_of
 from dspo.preference.dora import Adapter, add_dora, add_lora
 from dspo.preference.losses import Needs
 from dspo.preference.method import predict
@@ -158,22 +158,7 @@ def equal_steps(epochs: int, of_pairs: int, pairs: int) -> int:
 
 
 def first_pairs(pairs: Pairs, count: int) -> Pairs:
-    return rows_of(pairs, torch.arange(min(count, len(pairs))))
-
-
-def rows_of(pairs: Pairs, rows: torch.Tensor) -> Pairs:
-    """The pairs in these rows, in this order."""
-    return replace(
-        pairs,
-        ids=[pairs.ids[row] for row in rows.tolist()],
-        latents_w=pairs.latents_w[rows],
-        latents_l=pairs.latents_l[rows],
-        weight=pairs.weight[rows],
-        delta=pairs.delta[rows],
-        size=pairs.size[rows],
-        text_row=pairs.text_row[rows],
-        latent_sizes=None if pairs.latent_sizes is None else pairs.latent_sizes[rows],
-    )
+    return rows_of(pairs, list(range(min(count, len(pairs)))))
 
 
 def _result(value: Mapping[str, Any]) -> Result:

@@ -6,9 +6,12 @@ of the file names is ``file_path`` in some releases and ``image_path`` in others
 """
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dspo.data.readers.ahead import read_ahead
 from dspo.data.readers.comparison import (
     Comparison,
     ScoredImage,
@@ -27,11 +30,12 @@ def read(path: Path) -> Iterator[Comparison]:
     if not files:
         raise UserError(f"{path}: expected a folder with train.json or test.json, and the images in train/ and test/")
     for name in files:
-        for where, row in json_rows(path / f"{name}.json"):
-            yield from _ranking(where, row, path / name)
+        rankings = read_ahead(partial(_ranking, path / name), json_rows(path / f"{name}.json"))
+        yield from chain.from_iterable(rankings)
 
 
-def _ranking(where: str, row: dict[str, Any], folder: Path) -> Iterator[Comparison]:
+def _ranking(folder: Path, numbered: tuple[str, dict[str, Any]]) -> list[Comparison]:
+    where, row = numbered
     prompt = checked_prompt(row.get("prompt"), where)
     names = row.get("file_path") or row.get("image_path")
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
@@ -39,7 +43,7 @@ def _ranking(where: str, row: dict[str, Any], folder: Path) -> Iterator[Comparis
     scores = _scores(where, row, len(names))
     images = [read_image(folder / name, where) for name in names]
     rated = [ScoredImage(image, {"overall": score}) for image, score in zip(images, scores, strict=True)]
-    yield from all_pairs(where, prompt, rated, votes=max(1, len(row.get("raw_annotations") or [])))
+    return list(all_pairs(where, prompt, rated, votes=max(1, len(row.get("raw_annotations") or []))))
 
 
 def _scores(where: str, row: dict[str, Any], count: int) -> list[float]:

@@ -6,9 +6,11 @@ place it stands at: so HPSv3's own loader reads it.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dspo.data.readers.ahead import read_ahead
 from dspo.data.readers.comparison import Comparison, checked_number, checked_prompt, read_image
 from dspo.data.readers.json_rows import json_rows
 from dspo.errors import UserError
@@ -22,11 +24,11 @@ def read(path: Path) -> Iterator[Comparison]:
     if not files:
         raise UserError(f"{path}: expected train.json or test.json here, and the images beside them")
     for file in files:
-        for where, row in json_rows(file):
-            yield _comparison(where, row, file.parent)
+        yield from read_ahead(partial(_comparison, file.parent), json_rows(file))
 
 
-def _comparison(where: str, row: dict[str, Any], folder: Path) -> Comparison:
+def _comparison(folder: Path, numbered: tuple[str, dict[str, Any]]) -> Comparison:
+    where, row = numbered
     prompt = checked_prompt(row.get("prompt"), where)
     paths = [row.get("path1"), row.get("path2")]
     if not all(isinstance(path, str) and path for path in paths):

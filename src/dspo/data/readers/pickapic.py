@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspo.data.images import open_parquet
+from dspo.data.readers.ahead import read_ahead
 from dspo.data.readers.comparison import Comparison, checked_image, checked_prompt
 from dspo.errors import UserError
 
@@ -21,9 +22,8 @@ def read(path: Path) -> Iterator[Comparison]:
         with open_parquet(shard, COLUMNS) as file:
             columns = [*COLUMNS, *(["has_label"] if "has_label" in file.schema_arrow.names else [])]
             rows = (row for batch in file.iter_batches(ROWS_PER_BATCH, columns=columns) for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                if row.get("has_label", True):
-                    yield _comparison(row, f"{shard}, row {number}")
+            numbered = ((f"{shard}, row {number}", row) for number, row in enumerate(rows, start=1))
+            yield from read_ahead(_comparison, (one for one in numbered if one[1].get("has_label", True)))
 
 
 def shards(path: Path) -> list[Path]:
@@ -34,7 +34,8 @@ def shards(path: Path) -> list[Path]:
     return found
 
 
-def _comparison(row: dict[str, Any], where: str) -> Comparison:
+def _comparison(numbered: tuple[str, dict[str, Any]]) -> Comparison:
+    where, row = numbered
     prompt, label = checked_prompt(row["caption"], where), row["label_0"]
     if label not in (0.0, 0.5, 1.0) or row["label_1"] != 1 - label:
         raise UserError(f"{where}: labels {label} and {row['label_1']}; expected 1 and 0, 0 and 1, or 0.5 and 0.5")
