@@ -123,11 +123,15 @@ def _weights(name: str, found: str, absent: Sequence[Missing]) -> Check:
 
 def _ratings(params: Params) -> Check:
     """What the pipeline trains the reward model on."""
-    path = Path("data/raw") / f"{params.world}-rated.parquet"
+    path = _raw_ratings(params)
     if not path.exists():
         remedy = f"put ratings there, in a layout of docs/data.md; the repository's own: git checkout -- {path}"
         return Check("ratings", f"{path}: no such file or folder", remedy)
     return Check("ratings", f"{path}, layout {params.active.ratings.layout}")
+
+
+def _raw_ratings(params: Params) -> Path:
+    return Path("data/raw") / f"{params.world}-rated.parquet"
 
 
 def _reward_model(folder: Path, wanted: RewardParams) -> Check:
@@ -171,11 +175,15 @@ def _device(params: Params) -> Check:
 
 
 def _disk(params: Params) -> Check:
-    """Room for candidates, pairs and evaluation images, uncompressed, and for a base model still to be fetched."""
+    """Room for candidates, pairs and evaluation images, uncompressed, for a base model still to be fetched, and for the
+    ratings three times: as the pipeline's output, in DVC's cache, and in the scratch folder while they are learnt."""
+    raw = _raw_ratings(params)
+    ratings = 3 * sum(file.stat().st_size for file in (raw, *raw.rglob("*")) if file.is_file())
     world = params.active
     candidates = world.generate.num_prompts * len(world.generate.samplers) * world.generate.candidates_per_sampler
     images = 2 * candidates + 2 * world.evaluate.num_prompts * world.evaluate.seeds_per_prompt
-    needed = 1.0 + images * 3 * world.base.resolution**2 / 2**30 + (HUB_GIB if files.missing(world.base) else 0.0)
+    made = images * 3 * world.base.resolution**2
+    needed = 1.0 + (ratings + made) / 2**30 + (HUB_GIB if files.missing(world.base) else 0.0)
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     found = f"{free:.1f} GiB free, about {needed:.1f} GiB needed"
     return Check("disk", found, "free some space, or lower generate.num_prompts" if free < needed else None)

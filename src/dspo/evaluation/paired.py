@@ -1,6 +1,6 @@
 """Images of base and tuned from the same noise, written in shards so that a killed run goes on where it stopped."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -98,12 +98,27 @@ def _row(s: Sample, images: Encoder) -> dict[str, Any]:
     }
 
 
+class Made(Sequence[Image]):
+    """Images that are made when they are asked for, and not kept: a process needs but a share of them."""
+
+    def __init__(self, count: int, make: Callable[[int], Image]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> Image:  # type: ignore[override]  # no slices
+        if not 0 <= row < self._count:
+            raise IndexError(row)
+        return self._make(row)
+
+
 @dataclass(frozen=True)
 class Images:
     """Images of one model with their scores; rows of base and tuned are in the same order."""
 
     table: pa.Table  # columns of IMAGES
-    images: list[Image]
+    images: Sequence[Image]
     scores: dict[str, Array]  # columns [n] of Judges.score; empty before judging
 
     @property
@@ -121,12 +136,12 @@ class Images:
     def take(self, rows: npt.NDArray[np.int64]) -> "Images":
         """These rows, to be compared and not to be written."""
         scores = {name: column[rows] for name, column in self.scores.items()}
-        return Images(self._plain_columns().take(rows), [self.images[row] for row in rows], scores)
+        return Images(self._plain_columns().take(rows), Made(len(rows), lambda i: self.images[rows[i]]), scores)
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "Images":
         return self.take(np.flatnonzero(mask))
 
-    def with_images(self, images: list[Image]) -> "Images":
+    def with_images(self, images: Sequence[Image]) -> "Images":
         """Other pictures in the same rows, not judged yet and not to be written."""
         return Images(self._plain_columns(), images, {})
 
@@ -144,8 +159,5 @@ class Images:
 def load_shards(folder: Path) -> Images:
     """All images of a folder that :func:`sample_to_shards` filled, not judged yet."""
     table = read_shards(folder)
-    return Images(table, _decode(table, folder), {})
-
-
-def _decode(table: pa.Table, where: Path) -> list[Image]:
-    return [decode_image(data, f"{where}, row {row}") for row, data in enumerate(table["image"].to_pylist())]
+    encoded = table["image"]
+    return Images(table, Made(len(table), lambda row: decode_image(encoded[row].as_py(), f"{folder}, row {row}")), {})

@@ -8,6 +8,7 @@
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dspo.evaluation.foreign import places
 from dspo.evaluation.foreign.judge import ForeignJudge
 from dspo.evaluation.hacks import HACKS, apply_hack
 from dspo.evaluation.judges import Judges
-from dspo.evaluation.paired import Images, evaluation_requests, load_shards, sample_to_shards
+from dspo.evaluation.paired import Image, Images, Made, evaluation_requests, load_shards, sample_to_shards
 from dspo.evaluation.tables import write_deltas, write_win_rates
 from dspo.params import EvaluateParams, Params, load_params
 from dspo.preference.dora import check_base, load_adapter
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     )
     sampled = {name: load_shards(scratch.path / name) for name in ("base", "tuned", "default")}
     plain = _some_seeds(sampled["base"], settings)
-    hacked = {name: plain.with_images([apply_hack(name, image) for image in plain.images]) for name in HACKS}
+    hacked = {name: plain.with_images(_hacked(name, plain.images)) for name in HACKS}
     judged = _judged(judges, sampled | hacked)
     if distributed.first():
         figures = _figures(params, judged, train_prompts) | {"untrained_heads": judges.reward.untrained}
@@ -110,12 +111,16 @@ def _sample(params: Params, prompts: list[Prompt], adapter: Path, folder: Path) 
     sample_to_shards(pipe, requests, settings.sampler, *common, folder / "tuned")
 
 
+def _hacked(name: str, images: Sequence[Image]) -> Sequence[Image]:
+    return Made(len(images), lambda row: apply_hack(name, images[row]))
+
+
 def _judged(judges: Judges, groups: dict[str, Images]) -> dict[str, Images]:
     """Every group of images with its scores; all are judged in one go, each process judging its share."""
-    images = [image for group in groups.values() for image in group.images]
+    places = [(group.images, row) for group in groups.values() for row in range(len(group.images))]
     captions = [caption for group in groups.values() for caption in group.captions]
     size = judges.batch_size
-    own = distributed.share(images, size)
+    own = [images[row] for images, row in distributed.share(places, size)]
     part = judges.score(own, distributed.share(captions, size)) if own else {}
     rows = distributed.merged([dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True)], size)
     scores = {name: np.array([row[name] for row in rows]) for name in rows[0]}

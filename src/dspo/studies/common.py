@@ -58,7 +58,7 @@ def judged_samples(
     requests = evaluation_requests(prompts, seeds, 0, seeds)
     sample_to_shards(pipe, requests, settings.sampler, base.resolution, noise_seed, settings.batch_size, folder)
     images = load_shards(folder)
-    return replace(images, scores=judges.score(images.images, images.captions))
+    return replace(images, scores=judges.score(list(images.images), images.captions))
 
 
 def study_folder(name: str, what_decides: Mapping[str, Any], inputs: Iterable[Path]) -> Path:
