@@ -38,6 +38,19 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_an_interrupted_stage_says_so_without_a_traceback(folder, monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    with pytest.raises(SystemExit) as stopped:
+        run(interrupted)
+    assert (stopped.value.code, capsys.readouterr().err) == (
+        130,
+        "interrupted; the same command goes on where this one stopped\n",
+    )
+
+
 @pytest.fixture
 def fails(folder, monkeypatch, capsys):
     """Run a stage as its command line does; return its message after checking that it failed cleanly."""

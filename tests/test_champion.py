@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from dspo.errors import UserError
-from dspo.tracking.champion import promote, rollback
+from dspo.tracking.champion import ADAPTER_MD5, promote, rollback
 
 NAME = "dspo-adapter-shapes"
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -83,6 +83,15 @@ def test_rollback_goes_back_step_by_step_and_forward_again(uri: str) -> None:
         rollback(uri, "shapes")
     assert str(promote(uri, "shapes")) == f"{NAME}: version 4 is champion (before: version 1)"
     assert str(rollback(uri, "shapes")) == f"{NAME}: version 1 is champion (before: version 4)"
+
+
+def test_the_adapter_here_and_not_the_newest(uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(uri, uri)
+    client.set_model_version_tag(NAME, "2", ADAPTER_MD5, "of-the-second")
+    assert promote(uri, "shapes", adapter="of-the-second").champion == 2
+    with pytest.raises(UserError, match=r"the adapter of this workspace is no version .*`dspo sync`.*1, 2, 3, 4"):
+        promote(uri, "shapes", adapter="of-none")
+    assert promote(uri, "shapes", 1, "of-none").champion == 1
 
 
 def test_a_second_promotion_is_none(uri: str) -> None:

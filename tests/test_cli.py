@@ -232,10 +232,10 @@ def test_adapter_of_another_base_is_refused(folder, models, tmp_path):
         generate(tmp_path / "named")
     assert generate(tmp_path / "named", "out", "--model-name", models / "base").exit_code == 0
     raw = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
-    raw["target_modules"] = ["to_k"]
-    (tmp_path / "named" / "adapter_config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="does not fit the base model's UNet"):
-        generate(tmp_path / "named", "other", "--model-name", models / "base")
+    for wrong in ({"target_modules": ["to_k"]}, {"r": raw["r"] + 1}):
+        (tmp_path / "named" / "adapter_config.json").write_text(json.dumps(raw | wrong))
+        with pytest.raises(UserError, match="does not fit the base model's UNet"):
+            generate(tmp_path / "named", "other", "--model-name", models / "base")
     generate(models / "adapter", "other")  # the folder is still nobody's
 
 
@@ -306,7 +306,7 @@ def test_outside_a_clone_check_and_sync_say_so_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = call("check")
     assert done.exit_code == 1
-    assert "MISSING  parameters: params.yaml: no such file\n         -> run this inside a clone" in done.stdout
+    assert "MISSING  parameters: params.yaml: no such file\n         -> run this at the root of a clone" in done.stdout
     with pytest.raises(UserError, match=r"dvc\.lock: no such file.*inside a clone of the repository"):
         call("sync")
     assert not list(tmp_path.iterdir())

@@ -65,5 +65,5 @@ def test_the_counter_knows_what_is_freed() -> None:
 
 def test_a_model_that_is_not_there_is_named_with_its_remedy(tmp_path: Path) -> None:
     base = load_params(ROOT / "params.yaml").active.base
-    with pytest.raises(UserError, match=r"unet/config\.json is missing.*git checkout"):
+    with pytest.raises(UserError, match=r"unet/config\.json is missing.*copy the whole model there"):
         estimate.load_base(base.model_copy(update={"model": str(tmp_path)}))

@@ -142,14 +142,29 @@ def test_one_that_died_in_the_queue_says_why_and_its_log_is_found(finished: Path
     assert log.read_text().strip() == said.strip()
     (row,) = [row for row in table(finished) if row["Experiment"] == name]
     assert row["State"] == "Failed"
+    head, *lines = shown_table(finished)
+    (line,) = [line for line in lines if name in line]
+    end = head.index("gold.win_rate") + len("gold.win_rate")
+    assert not line[end - 6 : end].strip()  # not the figures of the commit that it began from
+
+
+def exp_show() -> tuple[str, str]:
+    """What `make exp-show` calls: the command, and the script that makes a table of its output."""
+    recipe = re.search(r"^exp-show:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert recipe
+    command, script = recipe[1].replace("$$", "$").split(" | python ")
+    return command, script
+
+
+def shown_table(finished: Path) -> list[str]:
+    command, script = exp_show()
+    narrow = shell(finished, "bash", "-c", f"{command} | python {ROOT / script}", env={"COLUMNS": "80"})
+    return narrow.stdout.splitlines()
 
 
 def test_the_table_has_the_columns_that_a_person_compares_by(grid: dict[str, str], finished: Path) -> None:
-    recipe = re.search(r"^exp-show:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert recipe
-    command, table = recipe[1].replace("$$", "$").split(" | python ")
-    narrow = shell(finished, "bash", "-c", f"{command} | python {ROOT / table}", env={"COLUMNS": "80"})
-    shown = narrow.stdout.splitlines()
+    command, _ = exp_show()
+    shown = shown_table(finished)
     wanted = ["Experiment", "rev", "gold.win_rate", LR.removeprefix("worlds.")]
     assert [name for name in wanted if name not in shown[0].split()] == []
     assert any(name in line and f" {lr}" in line for line in shown for lr, name in grid.items())

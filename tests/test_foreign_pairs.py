@@ -306,6 +306,7 @@ def test_the_evaluations_prompts_are_left_out(folder):
     rows = pq.read_table([output / f"{split}.parquet" for split in ("train", "validation")])
     assert {f"prompt {n}" for n in range(COUNT)} - set(rows["caption"].to_pylist()) == judged
     assert json.loads((output / "summary.json").read_text())["left_out"]["test_prompts"] == len(judged)
+    assert "none.csv: no such file" in bring(source, "pairs", "--prompts", "none.csv", code=2)
 
 
 def test_resolution_of_the_params(folder):

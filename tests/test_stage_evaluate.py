@@ -222,6 +222,13 @@ def test_no_prompts(project: Path, tmp_path: Path) -> None:
         evaluate.main([*argv, "--train-prompts", "x", "--adapter", "x", "--reward", "x", "--output", "x"])
 
 
+def test_prompts_that_the_gold_judge_cannot_read_are_refused_before_any_work(project: Path, tmp_path: Path) -> None:
+    write_split([Prompt("0", "a dog in a park")], tmp_path / "odd.csv")
+    argv = ["--params", str(project / "params.yaml"), "--prompts", str(tmp_path / "odd.csv"), "--train-prompts", "x"]
+    with pytest.raises(UserError, match=r"a dog in a park.*not of the shapes grammar.*evaluate\.judges"):
+        evaluate.main([*argv, "--adapter", "x", "--reward", "x", "--second-judge", "x", "--output", "x"])
+
+
 def test_images_are_what_the_parameters_say(project: Path, evaluation: Path) -> None:
     settings = load_params(project / "params.yaml").active
     row = pq.read_table(evaluation / "base.parquet").to_pylist()[0]

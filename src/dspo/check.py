@@ -43,7 +43,7 @@ def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Chec
     """Yield the checks in the order in which one would mend them; a params file with mistakes ends the list."""
     yield _versions()
     if not params_file.exists():
-        remedy = "run this inside a clone of the repository, or name the file: --params FILE"
+        remedy = "run this at the root of a clone of the repository, or name the file: --params FILE"
         yield Check("parameters", f"{params_file}: no such file", remedy)
         return
     try:
@@ -125,7 +125,8 @@ def _ratings(params: Params) -> Check:
     """What the pipeline trains the reward model on."""
     path = _raw_ratings(params)
     if not path.exists():
-        remedy = f"put ratings there, in a layout of docs/data.md; the repository's own: git checkout -- {path}"
+        own = f"; the repository's own: git checkout -- {path}" if params.world == "shapes" else ""
+        remedy = f"put ratings there, in a layout of docs/data.md{own}"
         return Check("ratings", f"{path}: no such file or folder", remedy)
     return Check("ratings", f"{path}, layout {params.active.ratings.layout}")
 

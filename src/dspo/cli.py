@@ -162,8 +162,11 @@ def import_pairs(
         Path | None, typer.Option(file_okay=False, help="score the images with this reward model as well")
     ] = None,
     prompts: Annotated[
-        Path, typer.Option(dir_okay=False, help="pairs of this list's test prompts are left out")
-    ] = Path("data/prompts.csv"),
+        Path | None,
+        typer.Option(
+            dir_okay=False, help="pairs of this list's test prompts are left out; default: data/prompts.csv, if there"
+        ),
+    ] = None,
     model_name: ModelName = None,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
@@ -285,15 +288,18 @@ def explain(
 
 @app.command(rich_help_panel=KEEP, epilog="Example: dspo promote 3")
 def promote(
-    version: Annotated[int | None, typer.Argument(min=1, help="of the registered model; default: the newest")] = None,
+    version: Annotated[
+        int | None, typer.Argument(min=1, help="of the registered model; default: that of the workspace's adapter")
+    ] = None,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Make a version of the world's adapter MLflow's champion, if its gold win rate's interval is above one half."""
     world = load_params(params).world
-    from dspo.environment import tracking_uri
+    from dspo.environment import repository_root, tracking_uri
     from dspo.tracking.champion import promote as move  # costly
+    from dspo.tracking.record import adapter_here
 
-    typer.echo(move(tracking_uri(), world, version))
+    typer.echo(move(tracking_uri(), world, version, adapter_here(repository_root())))
 
 
 @app.command(rich_help_panel=KEEP, epilog="Example: dspo rollback")

@@ -12,7 +12,6 @@ from dspo.data.files import write_json
 from dspo.data.prompts import Prompt
 from dspo.diffusion.base import load_pipeline, local_files
 from dspo.environment import device, processes
-from dspo.errors import UserError
 from dspo.evaluation import compare
 from dspo.evaluation.compare import Comparison
 from dspo.evaluation.foreign import places
@@ -26,7 +25,7 @@ from dspo.reporting.page import compared, main_judge, render_comparison
 from dspo.reporting.pictures import choose
 from dspo.reporting.tables import Names, main_first, words
 from dspo.reward.checkpoint import load_reward
-from dspo.shapes.grammar import parse
+from dspo.shapes.grammar import check_readable
 from dspo.shapes.second import SecondJudge
 from dspo.stages.atomic import open_scratch
 from dspo.stages.report import digest
@@ -57,8 +56,7 @@ def compare_adapters(
     world = params.active
     settings = world.evaluate
     places.require(settings.foreign_judges)
-    if "gold" in settings.judges or "second" in settings.judges:
-        readable(prompts)
+    check_readable((prompt.text for prompt in prompts), settings.judges)
     what = {
         "seed": params.seed,
         "base": world.base.model_dump(mode="json"),
@@ -95,18 +93,6 @@ def compare_adapters(
     write_json(results, scratch.path / "results.json")
     scratch.publish({name: output / name for name in ("index.html", "results.json")})
     return compared(results, NAMES)
-
-
-def readable(prompts: Sequence[Prompt]) -> None:
-    """Raise :class:`UserError` for a prompt that the judges of `shapes` cannot read."""
-    for prompt in prompts:
-        try:
-            parse(prompt.text)
-        except UserError as error:
-            raise UserError(
-                f"{error}. The gold and the second judge read such prompts alone: give others, or take these judges "
-                "out of evaluate.judges in params.yaml."
-            ) from None
 
 
 def load_judges(params: Params, folders: JudgeFolders) -> Judges:

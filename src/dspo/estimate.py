@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dspo.data.files import read_json
 from dspo.data.hub import fetch, find
 from dspo.diffusion.base import DTYPES, LARGE
-from dspo.diffusion.files import CONFIG_PATTERNS, SDXL, SDXL_REVISION
+from dspo.diffusion.files import CONFIG_PATTERNS, SDXL, SDXL_REVISION, mend_local
 from dspo.errors import UserError
 from dspo.params import BaseModelParams, TrainParams
 from dspo.preference.dataset import Batch
@@ -73,8 +73,8 @@ def load_base(base: BaseModelParams) -> Base:
 def _config(place: str, revision: str | None, file: str) -> dict[str, Any]:
     path = find(place, revision, file)
     if path is None:
-        get = f"git checkout -- {place}" if revision is None else fetch(place, revision, CONFIG_PATTERNS)
-        raise UserError(f"{place}: {file} is missing, which says how large the model is. Get it: `{get}`")
+        get = mend_local(place) if revision is None else fetch(place, revision, CONFIG_PATTERNS)
+        raise UserError(f"{place}: {file} is missing, which says how large the model is. Get it: {get}")
     return dict(read_json(path))
 
 

@@ -14,15 +14,17 @@ from dspo.preference.foreign_pairs import write_foreign_pairs
 from dspo.reward.checkpoint import load_reward
 from dspo.stages.atomic import open_scratch
 
+PROMPTS = Path("data/prompts.csv")
+
 
 def import_pairs(
-    params: Params, source: Path, layout: str, reward: Path | None, prompts: Path, output: Path
+    params: Params, source: Path, layout: str, reward: Path | None, prompts: Path | None, output: Path
 ) -> dict[str, Any]:
     """Replace ``output`` by the pairs of ``source``; what it held stays until they are whole. Returns their summary.
 
     ``layout``: as for :func:`dspo.data.readers.read_comparisons`. ``reward``: folder of a reward model that scores the
-    images, or None. ``prompts``: list whose test prompts are left out, if it exists. Raises :class:`UserError` for bad
-    input, and for an ``output`` that holds anything but pairs.
+    images, or None. ``prompts``: list whose test prompts are left out; None: ``data/prompts.csv``, if it exists. Raises
+    :class:`UserError` for bad input, and for an ``output`` that holds anything but pairs.
     """
     _check_replaceable(output, source)
     world = params.active
@@ -54,10 +56,10 @@ def _check_replaceable(output: Path, source: Path) -> None:
         raise UserError(f"--output {output}: holds other files than pairs, and is replaced. Give another --output.")
 
 
-def _test_prompts(path: Path, params: Params) -> set[str]:
+def _test_prompts(path: Path | None, params: Params) -> set[str]:
     """Ids of the listed prompts that the stage `evaluate` judges the adapter by."""
-    if not path.exists():
+    if path is None and not PROMPTS.exists():
         return set()
     split = params.active.prompts
-    listed = (prompt.id for prompt in read_prompts(path, split.max_characters))
+    listed = (prompt.id for prompt in read_prompts(path or PROMPTS, split.max_characters))
     return {one for one in listed if split_of(one, params.seed, split.validation_share, split.test_share) == "test"}

@@ -289,7 +289,7 @@ def read_yaml(path: Path) -> object:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file. Run this inside a clone of the repository, or name the file with --params."
+            f"{path}: no such file. Run this at the root of a clone of the repository, or name the file with --params."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file. Mend this place: {error}") from None

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dspo.data.files import COMES_FROM, whole_file
 from dspo.errors import UserError
@@ -38,9 +38,8 @@ def decode_image(data: bytes, where: str) -> Pixels:
             ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image.convert("RGB"))
     except (OSError, RuntimeError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{where}: the image does not decode ({error}). Replace the image or remove the row, then run again."
-        ) from None
+        why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{where}: the image does not decode ({why}). Replace or remove it, then run again.") from None
 
 
 def write_table(table: pa.Table, path: Path) -> None:

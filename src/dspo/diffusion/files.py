@@ -60,11 +60,15 @@ def _missing(place: str, revision: str | None, files: Sequence[str], wanted: Seq
         return []
     which = f"all of {len(files)} files" if len(absent) == len(files) else ", ".join(absent)
     if revision is None or is_local(place, revision):
-        remedy = f"git checkout -- {place}"
-        if Path(place).is_absolute():
-            remedy = "copy the whole model there, in diffusers' layout, or correct the path in params.yaml"
-        return [Missing(f"{place}: missing: {which}", remedy)]
+        return [Missing(f"{place}: missing: {which}", mend_local(place))]
     return [Missing(f"{place}: missing in the hub's cache at {revision[:8]}: {which}", fetch(place, revision, wanted))]
+
+
+def mend_local(place: str) -> str:
+    """What brings a local model back: Git has those of the repository."""
+    if Path(place).parts[:1] == ("models",):
+        return f"git checkout -- {place}"
+    return "copy the whole model there, in diffusers' layout, or name another one"
 
 
 def _shards(file: str) -> str:

@@ -322,23 +322,26 @@ def _check_fits(unet: UNet2DConditionModel, config: dict[str, Any], shapes: dict
     """Every target of the UNet has its A and B of the right size in the file, and the file has nothing else."""
     targets = config.get("target_modules") or []
     trained_on = f"it was trained on {config.get('base_model_name_or_path')!r}. Give the adapter of this base model."
-    expected: dict[str, tuple[int, int]] = {}
+    expected: dict[str, list[int]] = {}
     for name, module in unet.named_modules():
         if isinstance(module, nn.Linear) and _is_target(name, targets):
-            expected[f"base_model.model.{name}.lora_A.weight"] = (1, module.in_features)
-            expected[f"base_model.model.{name}.lora_B.weight"] = (0, module.out_features)
+            layer = f"base_model.model.{name}"
+            a = f"{layer}.lora_A.weight"
+            # Where layers have ranks of their own, it is what A says.
+            rank = shapes.get(a, [0])[0] if config.get("rank_pattern") else config["r"]
+            expected |= {a: [rank, module.in_features], f"{layer}.lora_B.weight": [module.out_features, rank]}
             if config.get("use_dora"):
-                expected[f"base_model.model.{name}.lora_magnitude_vector"] = (0, module.out_features)
+                expected[f"{layer}.lora_magnitude_vector"] = [module.out_features]
     odd = sorted(shapes.keys() ^ expected.keys())
     if odd or not expected:
         where = "the adapter has it, the UNet does not" if odd and odd[0] in shapes else "the adapter lacks it"
         which = f" ({odd[0]}: {where})" if odd else ""
         raise UserError(f"{folder}: the adapter does not fit the base model's UNet{which}; {trained_on}")
-    for name, (dimension, size) in expected.items():
-        if shapes[name][dimension] != size:
+    for name, shape in expected.items():
+        if shapes[name] != shape:
             raise UserError(
-                f"{folder}: the adapter does not fit the base model's UNet ({name}: {shapes[name]}, expected {size} in "
-                f"dimension {dimension}); {trained_on}"
+                f"{folder}: the adapter does not fit the base model's UNet, or not its own {CONFIG} "
+                f"({name}: {shapes[name]}, expected {shape}); {trained_on}"
             )
 
 

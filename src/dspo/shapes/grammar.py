@@ -10,6 +10,7 @@ A part in brackets may be left out; what is left out is free, and every prompt l
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,3 +190,17 @@ def random_request(rng: np.random.Generator) -> Request:
 
 def random_prompt(rng: np.random.Generator) -> str:
     return random_request(rng).prompt()
+
+
+def check_readable(prompts: Iterable[str], judges: Iterable[object]) -> None:
+    """Raise :class:`UserError` for a prompt that those of ``evaluate.judges`` which belong to `shapes` cannot read."""
+    if not {"gold", "second"} & {judge for judge in judges if isinstance(judge, str)}:
+        return
+    for prompt in prompts:
+        try:
+            parse(prompt)
+        except UserError as error:
+            raise UserError(
+                f"{error}. The gold and the second judge read such prompts alone: give others, or take these judges "
+                "out of evaluate.judges in params.yaml."
+            ) from None

@@ -32,7 +32,7 @@ from dspo.evaluation.tables import write_deltas, write_win_rates
 from dspo.params import EvaluateParams, Params, load_params
 from dspo.preference.dora import check_base, load_adapter
 from dspo.reward.checkpoint import load_reward
-from dspo.shapes.grammar import parse
+from dspo.shapes.grammar import check_readable, parse
 from dspo.shapes.second import SecondJudge
 from dspo.stages.runner import run
 from dspo.stages.shared import SharedScratch
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     prompts = read_split(args.prompts)[: settings.num_prompts]
     if not prompts:
         raise UserError(f"{args.prompts}: no prompts to evaluate on. Raise prompts.test_share, or add prompts.")
+    check_readable((prompt.text for prompt in prompts), settings.judges)
     check_base(args.adapter, params.active.base)
     # Pairs come from the first prompts of the split: only those were seen in training.
     train_prompts = read_split(args.train_prompts)[: params.active.generate.num_prompts]

@@ -24,7 +24,8 @@ LESS_MEMORY = (
 
 
 def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
-    """Run ``main`` on the command line's arguments and end the process: 0, or 2 after what a user can mend.
+    """Run ``main`` on the command line's arguments and end the process: 0, 2 after what a user can mend, 130 after
+    an interruption.
 
     ``module``: the name of a stage that several processes can share; ``DSPO_LAUNCH`` starts them.
     """
@@ -37,6 +38,9 @@ def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
         logging.getLogger(name).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         message = mendable(error)
         if message is None:

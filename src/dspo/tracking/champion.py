@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from dspo.errors import UserError
 from dspo.tracking.server import REFUSALS, connect, patience, reason
 
+ADAPTER_MD5 = "dvc.adapter_md5"  # tag of a version
 CHAMPION = "champion"
 HISTORY = "champion.history"
 GOLD_RATE, GOLD_LOW, GOLD_HIGH, GOLD_DECIDED = "gold.win_rate", "gold.low", "gold.high", "gold.n_decided"  # tags
@@ -38,8 +39,8 @@ def model_name(world: str) -> str:
     return f"dspo-adapter-{world}"
 
 
-def promote(uri: str, world: str, version: int | None = None) -> Change:
-    """Make a version, by default the newest, the champion.
+def promote(uri: str, world: str, version: int | None = None, adapter: str | None = None) -> Change:
+    """Make a version the champion: the one of that number, or of the adapter with that md5, or the newest.
 
     Raises :class:`UserError` if there is no such version, if its gate does not hold, or if MLflow does not answer.
     """
@@ -47,9 +48,17 @@ def promote(uri: str, world: str, version: int | None = None) -> Change:
     try:
         client = _client(uri)
         versions = _versions(client, name)
-        chosen = max(versions, default=None) if version is None else version
+        there = ", ".join(map(str, versions)) or "none; run `dvc repro`, then `dspo sync`"
+        chosen = version
+        if chosen is None:
+            wanted = [number for number, one in versions.items() if adapter in (None, one.tags.get(ADAPTER_MD5))]
+            chosen = max(wanted, default=None)
+            if versions and chosen is None:
+                raise UserError(
+                    f"{name}: the adapter of this workspace is no version in {uri} yet; `dspo sync` makes it one. "
+                    f"Or give the number of another: {there}"
+                )
         if chosen not in versions:
-            there = ", ".join(map(str, versions)) or "none; run `dvc repro`, then `dspo sync`"
             raise UserError(f"{name}: no version {chosen or 'yet'} in {uri}. Versions: {there}")
         failed = why_not(versions[chosen].tags)
         if failed:

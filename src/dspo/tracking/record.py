@@ -134,6 +134,16 @@ def read_lock(text: bytes) -> dict[str, Any] | None:
     return stages if all(outs.get(dep["path"], dep["md5"]) == dep["md5"] for dep in deps) else None
 
 
+def adapter_here(root: Path) -> str | None:
+    """md5 of the adapter of the repository's last whole run; None if there is none."""
+    lock = root / LOCK
+    stages = read_lock(lock.read_bytes()) if lock.is_file() else None
+    if stages is None:
+        return None
+    artifacts = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["artifacts"]
+    return _outs(stages)[artifacts["adapter"]["path"]]
+
+
 def run_key(stages: Mapping[str, Any]) -> str:
     """The hash of all stages' parameters and outputs."""
     return _hash({name: [stage.get("params"), _outs({name: stage})] for name, stage in stages.items()})

@@ -20,13 +20,21 @@ from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from dspo.data.records import GOLD
-from dspo.tracking.champion import CHAMPION, GOLD_DECIDED, GOLD_HIGH, GOLD_LOW, GOLD_RATE, describe, model_name
+from dspo.tracking.champion import (
+    ADAPTER_MD5,
+    CHAMPION,
+    GOLD_DECIDED,
+    GOLD_HIGH,
+    GOLD_LOW,
+    GOLD_RATE,
+    describe,
+    model_name,
+)
 from dspo.tracking.description import WIN_RATES, describe_version
 from dspo.tracking.record import EVALUATE, EXPERIMENT_NAME, RunRecord, Sampler
 
 # The lower end last: without it the gate is shut, so that it never reads figures of two evaluations.
 GOLD_FIGURES = {GOLD_RATE: "win_rate", GOLD_HIGH: "high", GOLD_DECIDED: "n_decided", GOLD_LOW: "low"}
-ADAPTER_MD5 = "dvc.adapter_md5"
 
 
 def register(client: MlflowClient, experiment: str, run: str, record: RunRecord, adapter: Path) -> None:
