@@ -47,7 +47,7 @@ def test_an_interrupted_stage_says_so_without_a_traceback(folder, monkeypatch, c
         run(interrupted)
     assert (stopped.value.code, capsys.readouterr().err) == (
         130,
-        "interrupted; the same command goes on where this one stopped\n",
+        "interrupted; run the same command again, finished work is kept\n",
     )
 
 

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from dspo.errors import UserError
 from dspo.tracking.champion import ADAPTER_MD5, promote, rollback
+from dspo.tracking.record import adapter_here
 
+ROOT = Path(__file__).parents[1]
 NAME = "dspo-adapter-shapes"
-PARAMS = Path(__file__).parents[1] / "params.yaml"
+PARAMS = ROOT / "params.yaml"
 LOWS = (0.7, 0.6, 0.45, 0.65)  # of the versions 1, 2, 3, 4: the third is no better than the base
 
 
@@ -92,6 +95,20 @@ def test_the_adapter_here_and_not_the_newest(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the adapter of this workspace is no version .*`dspo sync`.*1, 2, 3, 4"):
         promote(uri, "shapes", adapter="of-none")
     assert promote(uri, "shapes", 1, "of-none").champion == 1
+
+
+def test_the_adapter_here_is_that_of_a_whole_run_of_this_world(tmp_path: Path) -> None:
+    assert adapter_here(tmp_path, "shapes") is None
+    for name in ("dvc.yaml", "dvc.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())
+    (adapter,) = (out["md5"] for out in lock["stages"]["train"]["outs"] if out["path"] == "models/adapter")
+    assert adapter_here(tmp_path, "shapes") == adapter
+    with pytest.raises(UserError, match=r"the last run here was of world shapes, params\.yaml has sdxl"):
+        adapter_here(tmp_path, "sdxl")
+    (tmp_path / "dvc.lock").write_text((ROOT / "dvc.lock").read_text().replace(adapter, "0" * 32 + ".dir", 1))
+    with pytest.raises(UserError, match="not of one whole run"):
+        adapter_here(tmp_path, "shapes")
 
 
 def test_a_second_promotion_is_none(uri: str) -> None:

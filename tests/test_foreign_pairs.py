@@ -288,6 +288,7 @@ def test_only_pairs_are_replaced(folder):
     for pairs, output in ((source, "set"), (elsewhere, ".")):
         assert "the pairs to read or the current folder are in it" in bring(pairs, output, code=2)
     put(folder / "home" / "thesis.txt", b"years of work")
+    put(folder / "home" / "text" / "notes.txt", b"and notes")
     assert "home: holds other files than pairs" in bring(source, "home", code=2)
     assert (folder / "home" / "thesis.txt").exists() and len(list((source / "winners").iterdir())) == 2 * COUNT
     bring(source)

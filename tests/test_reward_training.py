@@ -22,7 +22,7 @@ from dspo.reward import training
 from dspo.reward.ablation import FULL, PLAIN, ablation_report, markdown, run_trial, variants
 from dspo.reward.backbone import weights_sha256
 from dspo.reward.checkpoint import load_reward, save_reward
-from dspo.reward.dataset import SIDES, Stems, read_ratings
+from dspo.reward.dataset import SIDES, Rows, Stems, read_ratings
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import (
     Trained,
@@ -100,6 +100,23 @@ def test_expected_images_are_decoded_once(
     assert len(decoded) == 3
     torch.testing.assert_close(stems.images(rows[1:]), kept.images(rows[1:]))
     assert len(decoded) == 5
+
+
+def test_training_decodes_each_batch_once(
+    clip_name: str, ratings: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
+    monkeypatch.setattr("dspo.reward.dataset.STEM_BYTES", 0)
+    wanted = 0
+    images = Stems.images
+
+    def counted(stems: Stems, rows: Rows) -> torch.Tensor:
+        nonlocal wanted
+        wanted += len(rows)
+        return images(stems, rows)
+
+    monkeypatch.setattr(Stems, "images", counted)
+    _, _, _ = fit(ratings, reward_params(clip_name, epochs=1, views=2))
+    assert len(decoded) == wanted + 3  # and one of each view of each set, to see how large its stem is
 
 
 def test_a_set_in_another_view(clip_name: str, ratings: Path, decoded: list[str]) -> None:

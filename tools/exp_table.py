@@ -13,7 +13,7 @@ def main() -> None:
     table = pd.read_csv(sys.stdin, dtype={"Experiment": str, "rev": str}).dropna(axis="columns", how="all")
     if "State" in table:  # DVC shows an experiment that has no figures with those of the commit that it began from
         figures = [name for name in table if name.startswith(("evaluation.", "reward_model."))]
-        table.loc[table["State"].notna() & (table["State"] != "Success"), figures] = float("nan")
+        table[figures] = table[figures].mask(table["State"].notna() & (table["State"] != "Success"))
     table = table.rename(columns=lambda name: name.removeprefix("evaluation.").removeprefix("worlds."))
     print(table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
 

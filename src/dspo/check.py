@@ -63,9 +63,9 @@ def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Chec
     if params.active.evaluate.foreign_judges:
         yield _judges(params.active.evaluate.foreign_judges)
     yield _device(params)
-    if torch.cuda.is_available():
-        lacking = lacks_compiler()
-        yield Check("compiler", lacking or str(c_compiler()), GET_COMPILER if lacking else None)
+    if torch.cuda.is_available() and device().type == "cuda":
+        lacking = lacks_compiler()  # costs speed alone
+        yield Check("compiler", f"{lacking}: slower. {GET_COMPILER}" if lacking else str(c_compiler()))
     yield _disk(params)
 
 

@@ -299,7 +299,8 @@ def promote(
     from dspo.tracking.champion import promote as move  # costly
     from dspo.tracking.record import adapter_here
 
-    typer.echo(move(tracking_uri(), world, version, adapter_here(repository_root())))
+    adapter = adapter_here(repository_root(), world) if version is None else None
+    typer.echo(move(tracking_uri(), world, version, adapter))
 
 
 @app.command(rich_help_panel=KEEP, epilog="Example: dspo rollback")

@@ -52,7 +52,7 @@ def _check_replaceable(output: Path, source: Path) -> None:
         raise UserError(
             f"--output {output}: is replaced, and the pairs to read or the current folder are in it. Give another one."
         )
-    if output.is_dir() and any(output.iterdir()) and not (output / "text").is_dir():
+    if output.is_dir() and any(output.iterdir()) and not (output / "text" / "null.safetensors").is_file():
         raise UserError(f"--output {output}: holds other files than pairs, and is replaced. Give another --output.")
 
 

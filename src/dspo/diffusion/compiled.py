@@ -18,7 +18,7 @@ GRAPHS_PER_LATENT_SIZE = 32
 # the adapter are fused in different places, so that an untrained policy would not be the reference.
 OPTIONS = {"emulate_precision_casts": True}
 
-GET_COMPILER = "apt-get install gcc libc6-dev python3-dev, or set CC to a C compiler"
+GET_COMPILER = "apt-get install gcc libc6-dev python3-dev brings what is missing"
 
 log = logging.getLogger(__name__)
 

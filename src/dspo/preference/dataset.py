@@ -4,8 +4,7 @@ import math
 import mmap
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dspo import distributed
 from dspo.data.files import disk_errors
 from dspo.data.images import ROWS_PER_GROUP, open_parquet
 from dspo.data.keys import keyed_seed, keyed_uniform
@@ -257,35 +255,22 @@ def _load_text(folder: Path) -> dict[str, Tensor]:
 def _latents(file: pq.ParquetFile, column: str, sizes: Tensor, path: Path) -> Tensor:
     """[n, 4, h, w] float16 from bytes; zeros fill up what is smaller than the largest h and w.
 
-    They are copied to a file that is mapped into memory: a public set's latents, 0.3 MB a pair at 1024 px, are more
-    than memory holds. Raises :class:`UserError` for latents of another size, that are no numbers, or that the disk has
-    no room for.
+    They are copied to a file that is mapped into memory, has no name and goes with the tensor: a public set's latents,
+    0.3 MB a pair at 1024 px, are more than memory holds. Raises :class:`UserError` for latents of another size, that
+    are no numbers, or that the disk has no room for.
     """
     high, wide = sizes.amax(0).tolist()
     batches = file.iter_batches(ROWS_PER_GROUP, columns=[column])
     rows = (data for batch in batches for data in batch[column].to_pylist())
-    numbered = enumerate(zip(rows, sizes.tolist(), strict=True), start=1)
-    latents = (_latent(data, h, w, f"{path}, row {row}: {column}") for row, (data, (h, w)) in numbered)
-    padded = (np.pad(one, ((0, 0), (0, high - one.shape[1]), (0, wide - one.shape[2]))) for one in latents)
-    mapped = _mapped(one.tobytes() for one in padded)
-    return torch.frombuffer(mapped, dtype=torch.float16).view(len(sizes), LATENT_CHANNELS, high, wide)
-
-
-def _mapped(content: Iterable[bytes]) -> mmap.mmap:
-    """The content in a file that the first process writes and all map into memory; it goes with the last of them."""
     scratch = scratch_root()
     scratch.mkdir(parents=True, exist_ok=True)
-    with disk_errors(scratch), ExitStack() as until_all_have_it:
-        name = ""
-        if distributed.first():
-            copy = until_all_have_it.enter_context(tempfile.NamedTemporaryFile(prefix="latents-", dir=scratch))
-            copy.writelines(content)
-            copy.flush()
-            name = copy.name
-        with Path(distributed.from_first(name)).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        distributed.wait()
-    return mapped
+    with disk_errors(scratch), tempfile.TemporaryFile(dir=scratch) as copy:
+        for row, (data, (h, w)) in enumerate(zip(rows, sizes.tolist(), strict=True), start=1):
+            latent = _latent(data, h, w, f"{path}, row {row}: {column}")
+            copy.write(np.pad(latent, ((0, 0), (0, high - h), (0, wide - w))).tobytes())
+        copy.flush()
+        mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapped, dtype=torch.float16).view(len(sizes), LATENT_CHANNELS, high, wide)
 
 
 def _latent(data: bytes, h: int, w: int, where: str) -> NDArray[np.float16]:

@@ -327,8 +327,8 @@ def _check_fits(unet: UNet2DConditionModel, config: dict[str, Any], shapes: dict
         if isinstance(module, nn.Linear) and _is_target(name, targets):
             layer = f"base_model.model.{name}"
             a = f"{layer}.lora_A.weight"
-            # Where layers have ranks of their own, it is what A says.
-            rank = shapes.get(a, [0])[0] if config.get("rank_pattern") else config["r"]
+            # Where layers have ranks of their own, it is what A says; peft's default is 8.
+            rank = shapes.get(a, [0])[0] if config.get("rank_pattern") else config.get("r", 8)
             expected |= {a: [rank, module.in_features], f"{layer}.lora_B.weight": [module.out_features, rank]}
             if config.get("use_dora"):
                 expected[f"{layer}.lora_magnitude_vector"] = [module.out_features]

@@ -207,19 +207,23 @@ def write_text(base: BaseModelParams, captions: Mapping[str, str], device: torch
     prompt has a file of its own.
     """
     pipe = load_text_encoders(base, device)
-    named = zip(captions, encode_prompts(pipe, list(captions.values())), strict=True)
-    write_bytes(save(_text_tensors([("null", encode_null(pipe))])), folder / "null.safetensors")
+    encoded = (_on_host(embedding) for embedding in encode_prompts(pipe, list(captions.values())))
+    named = zip(captions, encoded, strict=True)
+    write_bytes(save(_text_tensors([("null", _on_host(encode_null(pipe)))])), folder / "null.safetensors")
     for number, part in enumerate(in_parts(named, PROMPTS_PER_FILE)):
         write_bytes(save(_text_tensors(part)), folder / f"{number:05d}.safetensors")
 
 
 def _text_tensors(embeddings: Iterable[tuple[str, TextEmbedding]]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, embedding in embeddings:
-        # Cloned: rows of one batch share memory, which safetensors refuses.
-        tensors[f"{name}.embeds"] = embedding.embeds.cpu().clone()
-        tensors[f"{name}.pooled"] = embedding.pooled.cpu().clone()
+        tensors |= {f"{name}.embeds": embedding.embeds, f"{name}.pooled": embedding.pooled}
     return tensors
+
+
+def _on_host(embedding: TextEmbedding) -> TextEmbedding:
+    """Cloned: rows of one batch share memory, which safetensors refuses."""
+    return TextEmbedding(embedding.embeds.cpu().clone(), embedding.pooled.cpu().clone())
 
 
 def write_scores(candidates: Sequence[Candidate], heads: Sequence[str], path: Path) -> None:

@@ -39,7 +39,7 @@ def run(main: Callable[[list[str]], None], module: str | None = None) -> None:
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; run the same command again, finished work is kept", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = mendable(error)

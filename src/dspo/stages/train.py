@@ -26,7 +26,7 @@ from dspo.preference.dataset import load_pairs
 from dspo.preference.diagnostics import Row
 from dspo.preference.dora import add_dora
 from dspo.preference.schedule import NoiseSchedule
-from dspo.preference.trainer import Trained, train
+from dspo.preference.trainer import WATCHED, Trained, train
 from dspo.reward.checkpoint import RewardScorer, load_reward
 from dspo.stages.runner import arguments, run
 from dspo.stages.shared import SharedScratch
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     paths = arguments(__doc__, argv, "pairs", "reward", "validation-prompts", "output", "log")
     params = load_params(paths.params)
     world = params.active
+    pairs, held_out = load_pairs(paths.pairs)
     prompts = read_split(paths.validation_prompts)[: world.train.validation_prompts]
     if not prompts:
         raise UserError(f"{paths.validation_prompts}: no prompts for the reward check; raise prompts.validation_share")
@@ -49,7 +50,6 @@ def main(argv: list[str]) -> None:
     inputs = [paths.pairs, paths.reward, paths.validation_prompts, *local_files(world.base)]
     scratch = SharedScratch("train", settings, inputs)
 
-    pairs, held_out = load_pairs(paths.pairs)
     pipe = load_pipeline(world.base, device())
     adapter = add_dora(pipe.unet, world.train, params.seed)
     schedule = NoiseSchedule.of(pipe.scheduler, device())
@@ -112,7 +112,7 @@ def metrics(trained: Trained, n_pairs: int, n_held_out: int) -> dict[str, float 
     last = [row["loss"] for row in trained.log if row["epoch"] == trained.epochs[-1]["epoch"]]
     return {
         "pairs": n_pairs,
-        "held_out_pairs": n_held_out,
+        "held_out_pairs": min(n_held_out, WATCHED),
         "steps": trained.steps,
         "best_epoch": trained.best_epoch,
         "train_loss": sum(loss for loss in last if loss is not None) / len(last),

@@ -18,6 +18,7 @@ import yaml
 from dvc.api import DVCFileSystem
 
 from dspo.data.files import read_json, write_json
+from dspo.errors import UserError
 
 LOCK = "dvc.lock"
 TRAIN, EVALUATE, LAST = "train", "evaluate", "report"  # stages
@@ -134,12 +135,20 @@ def read_lock(text: bytes) -> dict[str, Any] | None:
     return stages if all(outs.get(dep["path"], dep["md5"]) == dep["md5"] for dep in deps) else None
 
 
-def adapter_here(root: Path) -> str | None:
-    """md5 of the adapter of the repository's last whole run; None if there is none."""
+def adapter_here(root: Path, world: str) -> str | None:
+    """md5 of the adapter of the repository's last run; None outside of one that was run.
+
+    Raises :class:`UserError` if that run is not whole, or was of another world.
+    """
     lock = root / LOCK
-    stages = read_lock(lock.read_bytes()) if lock.is_file() else None
-    if stages is None:
+    if not lock.is_file():
         return None
+    stages = read_lock(lock.read_bytes())
+    if stages is None:
+        raise UserError(f"{lock}: not of one whole run. Run `dvc repro`, then `dspo sync`; or give a version.")
+    ran = _params(stages[TRAIN])["world"]
+    if ran != world:
+        raise UserError(f"{lock}: the last run here was of world {ran}, params.yaml has {world}. Give a version.")
     artifacts = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["artifacts"]
     return _outs(stages)[artifacts["adapter"]["path"]]
 
