@@ -16,7 +16,7 @@ from dspo.data.hub import Missing
 from dspo.data.prompts import read_prompts
 from dspo.diffusion import files
 from dspo.diffusion.compiled import GET_COMPILER, lacks_compiler
-from dspo.environment import c_compiler, device
+from dspo.environment import device
 from dspo.errors import UserError
 from dspo.evaluation.foreign import places
 from dspo.params import BaseModelParams, ForeignJudgeParams, Params, RewardParams, load_params
@@ -63,9 +63,6 @@ def check_setup(params_file: Path, prompts: Path, reward: Path) -> Iterator[Chec
     if params.active.evaluate.foreign_judges:
         yield _judges(params.active.evaluate.foreign_judges)
     yield _device(params)
-    if torch.cuda.is_available() and device().type == "cuda":
-        lacking = lacks_compiler()  # costs speed alone
-        yield Check("compiler", f"{lacking}: slower. {GET_COMPILER}" if lacking else str(c_compiler()))
     yield _disk(params)
 
 
@@ -171,6 +168,8 @@ def _device(params: Params) -> Check:
         return Check("device", found, "run on a machine with a CUDA GPU, or set `world: shapes`" if needs_gpu else None)
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(where))
     found = f"{torch.cuda.get_device_name(where)}, {free:.1f} of {total:.1f} GiB free"
+    if lacking := lacks_compiler():  # costs speed alone
+        found += f"; {lacking}, so that nothing is compiled: {GET_COMPILER}"
     short = needs_gpu and free < GPU_GIB
     return Check("device", found, f"end other work on the GPU: {GPU_GIB:.0f} GiB are needed" if short else None)
 
