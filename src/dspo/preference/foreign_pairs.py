@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from dspo.data.files import write_json
 from dspo.data.images import Pixels, decode_image, open_parquet, read_table, table_writer
 from dspo.data.keys import prompt_id
+from dspo.data.parts import in_parts
 from dspo.data.readers.comparison import Comparison
-from dspo.data.readers.grouping import in_parts
 from dspo.data.records import PAIRS
 from dspo.diffusion.base import load_vae
 from dspo.diffusion.encoding import Fitted, bucket, encode_images, fit

@@ -20,7 +20,7 @@ from torch import Tensor
 from dspo import distributed
 from dspo.data.files import write_bytes, write_json
 from dspo.data.images import Pixels, decode_image, read_table, write_table
-from dspo.data.readers.grouping import in_parts
+from dspo.data.parts import in_parts
 from dspo.data.records import CANDIDATES, HEADS, PAIRS
 from dspo.diffusion.base import TextEmbedding, encode_null, encode_prompts, load_text_encoders
 from dspo.errors import UserError

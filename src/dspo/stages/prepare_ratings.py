@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from dspo.data.files import write_json
 from dspo.data.images import open_parquet, table_writer, write_table
+from dspo.data.parts import in_parts
 from dspo.data.rating_index import RatingIndex
 from dspo.data.ratings import SUMMARY_COLUMNS, summarise
 from dspo.data.readers import read_comparisons
 from dspo.data.readers.comparison import rating_row
-from dspo.data.readers.grouping import in_parts
 from dspo.data.records import RATINGS
 from dspo.data.splits import SPLITS, split_of
 from dspo.errors import UserError

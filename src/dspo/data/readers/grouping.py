@@ -1,20 +1,11 @@
-"""Rows brought together, by a key or in parts, while memory holds one group or part."""
+"""Rows brought together by a key, while memory holds one group."""
 
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import groupby, islice
-from typing import Any, TypeVar
-
-T = TypeVar("T")
-
-
-def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of ``size`` items; the last may be shorter."""
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part
+from itertools import groupby
+from typing import Any
 
 
 def grouped(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
