@@ -256,7 +256,7 @@ def test_the_tutorial_from_its_first_command_to_its_last(finished: Path, tmp_pat
     assert ran == [f"Running stage '{stage}':" for stage in ("train", "evaluate", "report")]
     assert "gentle" in said[3] and "worlds.shapes.train.lr" in said[3]
     rates = [json.loads((clone / f"outputs/{name}/stage.json").read_text())["lr"] for name in ("first", "gentle")]
-    assert rates == [3e-4, 1.5e-4]
+    assert rates == [8e-4, 1.5e-4]
     assert json.loads((clone / "models/adapter/stage.json").read_text())["lr"] == 1.5e-4
     assert run(clone, "git", "status", "--porcelain") == ""
     assert run(clone, "git", "log", "--format=%s").splitlines() == ["A lower learning rate", "run"]

@@ -109,7 +109,7 @@ def test_the_shipped_settings_are_settings_and_every_row_has_them() -> None:
     assert set(study.losses) == set(study.train)
     own = {name: changed(PARAMS.active.train, study, name) for name in study.losses}
     assert {name for name, train in own.items() if train.loss != name} == {"fixed_draw"}
-    assert own["fixed_draw"] == own["dspo_two_sided"].model_copy(update={"fixed_draws": 1})
+    assert own["fixed_draw"] == own["dspo_hinge"].model_copy(update={"fixed_draws": 1})
 
 
 @pytest.mark.parametrize(

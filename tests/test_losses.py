@@ -73,6 +73,13 @@ def by_hand(loss: LossName, x: dict[str, Tensor]) -> np.ndarray:
                     + ((2 * r_l - e_l - y_l - LAM * min(1, 2 - 2 * sigmoid) * (r_l - e_l)) ** 2).sum()
                 )
                 / (2 * d),
+                "dspo_hinge": min(1, max(0, 1 - u))
+                * weight
+                * (
+                    ((e_w - y_w - LAM * (e_w - r_w)) ** 2).sum()
+                    + ((2 * r_l - e_l - y_l - LAM * (r_l - e_l)) ** 2).sum()
+                )
+                / (2 * d),
                 "dspo_official_sd15": ((e_w - y_w - BETA * (1 - sigmoid) * (e_w - r_w)) ** 2).sum() / d,
                 "dspo_official_sdxl": (1 - sigmoid) ** 2,
             }[loss]
@@ -91,7 +98,10 @@ def test_loss_is_its_formula(loss: LossName, spread: float) -> None:
     np.testing.assert_allclose(compute(loss, x).numpy(), by_hand(loss, x), rtol=1e-10)
 
 
-@pytest.mark.parametrize("loss", [name for name in NEEDS if name not in ("dspo", "dspo_two_sided")])  # detached
+DETACHED = ("dspo", "dspo_two_sided", "dspo_hinge")  # their gradients have tests of their own
+
+
+@pytest.mark.parametrize("loss", [name for name in NEEDS if name not in DETACHED])
 @pytest.mark.parametrize("spread", [0.1, 0.6])
 def test_gradient_is_that_of_the_formula(loss: LossName, spread: float) -> None:
     x = tensors(spread=spread)
@@ -112,6 +122,22 @@ def test_dspo_gradient_is_two_over_d_times_the_distance_from_the_target() -> Non
     k = (LAM * (1 - torch.sigmoid(u))).view(-1, 1, 1, 1)
     expected = 2 / math.prod(SHAPE) * ((x["e_w"] - x["y_w"]) - k * (x["e_w"] - x["r_w"]))
     torch.testing.assert_close(by_e_w, expected.detach())
+
+
+def test_hinge_has_the_gradient_of_two_sided_dspo_while_it_is_not_met() -> None:
+    """By hand: omega / d times the slope of the smooth hinge, times the distances from the targets."""
+    x = tensors()
+    u = torch.tensor([-1.0, 0.0, 0.25, 1.0, 3.0], dtype=torch.float64)
+    slope = torch.tensor([1.0, 1.0, 0.75, 0.0, 0.0], dtype=torch.float64)
+    x["e_w"].requires_grad_()
+    x["e_l"].requires_grad_()
+    names = ("e_w", "e_l", "r_w", "r_l", "y_w", "y_l")
+    loss = losses.dspo_hinge(*(x[name] for name in names), u, LAM, omega()).sum()
+    by_e_w, by_e_l = grad(loss, (x["e_w"], x["e_l"]))
+    e_w, e_l, r_w, r_l, y_w, y_l = (x[name].detach() for name in names)
+    share = (slope * omega() / math.prod(SHAPE)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(by_e_w, share * ((1 - LAM) * (e_w - r_w) + (r_w - y_w)))
+    torch.testing.assert_close(by_e_l, share * ((1 - LAM) * (e_l - r_l) - (r_l - y_l)))
 
 
 def test_two_sided_dspo_settles_between_where_winners_and_losers_point() -> None:

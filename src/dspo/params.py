@@ -18,7 +18,16 @@ Scheduler = Literal["ddim", "dpmpp_2m", "euler"]
 Dtype = Literal["float32", "bfloat16"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 LossName = Literal[
-    "dspo", "dspo_two_sided", "dspo_official_sd15", "dspo_official_sdxl", "dpo", "ipo", "capo", "mapo", "sft"
+    "dspo",
+    "dspo_two_sided",
+    "dspo_hinge",
+    "dspo_official_sd15",
+    "dspo_official_sdxl",
+    "dpo",
+    "ipo",
+    "capo",
+    "mapo",
+    "sft",
 ]
 SamplerKey = Literal["guidance_scale", "steps", "scheduler"]
 RatingLayout = Literal[

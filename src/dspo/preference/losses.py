@@ -36,6 +36,7 @@ class Needs:
 NEEDS: dict[LossName, Needs] = {
     "dspo": Needs(loser="value", reference=True, omega=True),
     "dspo_two_sided": Needs(loser="gradient", reference=True, omega=True),
+    "dspo_hinge": Needs(loser="gradient", reference=True, omega=True),
     "dspo_official_sd15": Needs(loser="gradient", reference=True, omega=False),
     "dspo_official_sdxl": Needs(loser="gradient", reference=True, omega=False),
     "dpo": Needs(loser="gradient", reference=True, omega=True),
@@ -97,9 +98,10 @@ def pair_losses(loss: LossName, p: Predictions, terms: Terms, delta: Tensor, str
     match loss:
         case "dspo":
             return dspo(p.e_w, p.r_w, p.y_w, terms.u, strength.lam, strength.permute_k)
-        case "dspo_two_sided":
+        case "dspo_two_sided" | "dspo_hinge":
             assert p.e_l is not None and p.r_l is not None and p.y_l is not None
-            return dspo_two_sided(p.e_w, p.e_l, p.r_w, p.r_l, p.y_w, p.y_l, terms.u, strength.lam, terms.omega)
+            form = dspo_two_sided if loss == "dspo_two_sided" else dspo_hinge
+            return form(p.e_w, p.e_l, p.r_w, p.r_l, p.y_w, p.y_l, terms.u, strength.lam, terms.omega)
         case "dspo_official_sd15":
             return dspo_official_sd15(p.e_w, p.r_w, p.y_w, terms.u, strength.beta)
         case "dspo_official_sdxl":
@@ -150,6 +152,8 @@ def pull_of(loss: LossName, u: Tensor, strength: Strength) -> Tensor | None:
             return pull(u, strength.lam)
         case "dspo_two_sided":
             return two_sided_pull(u, strength.lam)
+        case "dspo_hinge":
+            return torch.full_like(u, strength.lam)
         case "dspo_official_sd15":
             return pull(u, strength.beta)
     return None
@@ -183,11 +187,26 @@ def dspo_two_sided(
     it is DiffusionNFT's loss (Zheng et al., 2025) on fixed pairs. omega [B] as in u: errors in the noise are largest
     where little noise is left, and without it those steps would rule, which decide texture and not what is where.
     """
-    k = two_sided_pull(u, lam)
+    return omega * _both_sides(e_w, e_l, r_w, r_l, y_w, y_l, two_sided_pull(u, lam))
+
+
+def dspo_hinge(
+    e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, u: Tensor, lam: float, omega: Tensor
+) -> Tensor:
+    """Two-sided DSPO that leaves alone what it has learnt, ours: sg(min(1, max(0, 1 - u))) times its loss at k = lam.
+
+    The weight is the slope of the smooth hinge (Rennie and Srebro, 2005): a pair at a timestep where the policy prefers
+    the winner by u = 1 has no gradient, one where it does not prefer it yet has all of it.
+    """
+    slope = (1 - u).clamp(0, 1).detach()
+    return slope * omega * _both_sides(e_w, e_l, r_w, r_l, y_w, y_l, torch.full_like(u, lam))
+
+
+def _both_sides(e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, k: Tensor) -> Tensor:
     mirrored = 2 * r_l - e_l
     winner = error(e_w, (y_w + _per_pair(k) * (e_w - r_w)).detach())
     loser = error(mirrored, (y_l + _per_pair(k) * (mirrored - r_l)).detach())
-    return omega * (winner + loser) / 2
+    return (winner + loser) / 2
 
 
 def dspo_official_sd15(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, beta: float) -> Tensor:

@@ -9,8 +9,8 @@ from dspo.data.records import GOLD
 from dspo.params import LossName, Params, TrainParams
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials, equal_steps
 
-LEARNING_RATES = (1.0, 3.0)  # times the world's, for losses that have a strength of their own
-LEARNING_RATES_ALONE = (0.2, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+LEARNING_RATES = (0.4, 1.0)  # times the world's, for losses that have a strength of their own
+LEARNING_RATES_ALONE = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0)
 BETAS = (100.0, 300.0, 1000.0, 3000.0)
 LAMS = (0.3, 0.5, 0.7, 0.9)
 
@@ -41,6 +41,7 @@ ARMS = (
     Arm("dspo, two-sided, 1 fixed draw", "dspo_two_sided", changes={"fixed_draws": 1}, like="dspo, two-sided"),
     Arm("dspo, two-sided, 4 fixed draws", "dspo_two_sided", changes={"fixed_draws": 4}, like="dspo, two-sided"),
     Arm("dspo, two-sided, random labels", "dspo_two_sided", changes={"random_labels": True}, like="dspo, two-sided"),
+    Arm("dspo, hinge", "dspo_hinge", "lam", LAMS),
     Arm("dspo, official for SD1.5", "dspo_official_sd15", "beta", (0.001, 0.01, 0.05, 0.5)),
     Arm("dspo, official for SDXL", "dspo_official_sdxl", "beta", BETAS),
     Arm("ipo", "ipo", "beta", BETAS),

@@ -20,16 +20,17 @@ Array = npt.NDArray[np.float64]
 RESAMPLES = 20_000  # with m contests Holm's correction can find one separable only if 0.05 / m > 2 / RESAMPLES
 
 # What a claim about DSPO needs beside sft and dpo, and what it costs to keep the reference of fixed draws.
-TWO_SIDED = ("dspo, two-sided", "dspo_two_sided")  # its row in the table of losses, and in the matrix of seeds
+HINGE, TWO_SIDED = ("dspo, hinge", "dspo_hinge"), ("dspo, two-sided", "dspo_two_sided")  # row, cell of the matrix
 CLAIMS = (
     ("dspo", "dspo, beta = 0"),
     ("dspo", "dspo, k permuted"),
     ("dspo", "dspo, random labels"),
     ("dspo, two-sided", "dspo, two-sided, random labels"),
-    *((name, rival) for name in TWO_SIDED for rival in ("dspo", "ipo", "capo", "mapo")),
+    *((name, rival) for name in HINGE + TWO_SIDED for rival in ("dspo", "ipo", "capo", "mapo")),
+    *zip(HINGE, TWO_SIDED, strict=True),
     ("dspo, two-sided, 1 fixed draw", "dspo, two-sided"),
     ("dspo, two-sided, 4 fixed draws", "dspo, two-sided"),
-    ("fixed_draw", "dspo_two_sided"),
+    ("fixed_draw", "dspo_hinge"),
 )
 
 
