@@ -56,6 +56,8 @@ def project() -> None:
     world["score"] |= {"margin": 0.0, "max_pairs_per_prompt": 2, "validation_share": 0.25, "batch_size": 2}
     world["train"] |= {"rank": 2, "alpha": 2, "epochs": 2, "batch_size": 1, "gradient_accumulation_steps": 4}
     world["train"] |= {"checkpoint_every_steps": 1, "validation_prompts": 2, "warmup_steps": 0, "ema_decay": None}
+    # An untrained model's errors are some fifty times those of `shapes`, and the margin has to be of the same size.
+    world["train"] |= {"beta": world["train"]["beta"] / 50, "dropout": 0.1}
     world["evaluate"] |= {"sampler": sampler, "batch_size": 2}
     PARAMS.write_text(yaml.safe_dump(raw))
     for path in (TRAIN, VALIDATION):

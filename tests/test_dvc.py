@@ -263,5 +263,5 @@ def test_the_tutorial_from_its_first_command_to_its_last(finished: Path, tmp_pat
 
     (drop,) = (block for block in blocks if block.startswith("git checkout HEAD"))
     run(tmp_path / "dropped", "bash", "-euc", drop)
-    assert json.loads((tmp_path / "dropped/models/adapter/stage.json").read_text())["lr"] == 3e-4
+    assert json.loads((tmp_path / "dropped/models/adapter/stage.json").read_text())["lr"] == 8e-4
     assert run(tmp_path / "dropped", "git", "status", "--porcelain") == ""
