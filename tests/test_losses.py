@@ -124,7 +124,7 @@ def test_dspo_gradient_is_two_over_d_times_the_distance_from_the_target() -> Non
     torch.testing.assert_close(by_e_w, expected.detach())
 
 
-def test_hinge_has_the_gradient_of_two_sided_dspo_while_it_is_not_met() -> None:
+def test_hinge_gradient_is_that_of_two_sided_dspo_at_constant_k_times_how_steep_the_hinge_is() -> None:
     """By hand: omega / d times the slope of the smooth hinge, times the distances from the targets."""
     x = tensors()
     u = torch.tensor([-1.0, 0.0, 0.25, 1.0, 3.0], dtype=torch.float64)
@@ -157,6 +157,7 @@ def test_two_sided_pull_is_lam_until_the_winner_is_preferred() -> None:
     expected = LAM * torch.tensor([1.0, 1.0, 2 / (1 + math.e)])
     for k in (losses.two_sided_pull(u, LAM), losses.pull_of("dspo_two_sided", u, Strength(100.0, LAM, 1.0))):
         torch.testing.assert_close(k, expected)
+    torch.testing.assert_close(losses.pull_of("dspo_hinge", u, Strength(100.0, LAM, 1.0)), torch.full((3,), LAM))
     assert losses.pull_of("dpo", u, Strength(100.0, LAM, 1.0)) is None
 
 

@@ -4,8 +4,8 @@
         --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports/studies
 
 Reward models from few and many ratings, by raters with and without a wrong taste, each optimised by DPO and DSPO at
-one, three and ten times the world's learning rate. Writes ``overopt.json``, ``.md`` and ``.csv``; every finished reward
-model and training is kept, so the command goes on where it was killed.
+one, three and ten times the learning rate that suits them. Writes ``overopt.json``, ``.md`` and ``.csv``; every
+finished reward model and training is kept, so the command goes on where it was killed.
 """
 
 import argparse
@@ -46,7 +46,8 @@ from dspo.studies.trials import PromptSet, Recipe, Trials
 
 COUNTS = (100, 1000, 0)  # rated pairs; 0: all
 LOSSES: tuple[LossName, ...] = ("dpo", "dspo")
-STRENGTHS = (1.0, 3.0, 10.0)  # times the world's learning rate
+LR = 3.0e-4  # at which either loss does well here; the world's learning rate is that of another loss
+STRENGTHS = (1.0, 3.0, 10.0)  # times LR
 LEAST_REWARD_STEPS = 100
 WATCHED_PAIRS = 400  # of the validation ratings: few ratings make many epochs, and each looks at all of these
 
@@ -155,7 +156,7 @@ def pairs_of(candidates: Path, scorer: RewardScorer, params: Params, folder: Pat
 def outcome(trials: Trials, loss: LossName, strength: float, on: PromptSet, params: Params) -> dict[str, Any]:
     """Win rates over base by proxy, gold and second judge, and the drift; only ``ran_away`` if training did."""
     world = params.active
-    train = world.train.model_copy(update={"loss": loss, "lr": world.train.lr * strength, "random_labels": False})
+    train = world.train.model_copy(update={"loss": loss, "lr": LR * strength, "random_labels": False})
     base, tuned = trials.base(on), trials.run(Recipe("own", train, params.seed), on)
     if tuned is None:
         return {"ran_away": True, "over_optimised": None, "gold_falls": None}
