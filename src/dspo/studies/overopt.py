@@ -4,7 +4,7 @@
         --candidates data/candidates --pairs data/pairs --second-judge models/shapes-judge --output reports/studies
 
 Reward models from few and many ratings, by raters with and without a wrong taste, each optimised by DPO and DSPO at
-one, three and ten times the learning rate that suits them. Writes ``overopt.json``, ``.md`` and ``.csv``; every
+one, three and ten times a mild learning rate. Writes ``overopt.json``, ``.md`` and ``.csv``; every
 finished reward model and training is kept, so the command goes on where it was killed.
 """
 
@@ -46,7 +46,7 @@ from dspo.studies.trials import PromptSet, Recipe, Trials
 
 COUNTS = (100, 1000, 0)  # rated pairs; 0: all
 LOSSES: tuple[LossName, ...] = ("dpo", "dspo")
-LR = 3.0e-4  # at which either loss does well here; the world's learning rate is that of another loss
+LR = 3.0e-4  # mild for either loss, and not the world's, which is chosen for the default loss
 STRENGTHS = (1.0, 3.0, 10.0)  # times LR
 LEAST_REWARD_STEPS = 100
 WATCHED_PAIRS = 400  # of the validation ratings: few ratings make many epochs, and each looks at all of these
