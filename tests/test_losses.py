@@ -132,7 +132,8 @@ def test_hinge_gradient_is_that_of_two_sided_dspo_at_constant_k_times_how_steep_
     x["e_w"].requires_grad_()
     x["e_l"].requires_grad_()
     names = ("e_w", "e_l", "r_w", "r_l", "y_w", "y_l")
-    loss = losses.dspo_hinge(*(x[name] for name in names), u, LAM, omega()).sum()
+    weight = omega() * losses.hinge_steepness(u)
+    loss = losses.dspo_two_sided(*(x[name] for name in names), torch.full_like(u, LAM), weight).sum()
     by_e_w, by_e_l = grad(loss, (x["e_w"], x["e_l"]))
     e_w, e_l, r_w, r_l, y_w, y_l = (x[name].detach() for name in names)
     share = (slope * omega() / math.prod(SHAPE)).view(-1, 1, 1, 1)
@@ -145,9 +146,9 @@ def test_two_sided_dspo_settles_between_where_winners_and_losers_point() -> None
     x = tensors()
     r, y_w, y_l = x["r_w"], x["y_w"], x["y_l"]
     e = r.clone().requires_grad_()
-    u = torch.zeros(B, dtype=torch.float64)  # k is lam
+    one = torch.ones(B, dtype=torch.float64)
     for _ in range(400):
-        (step,) = grad(losses.dspo_two_sided(e, e, r, r, y_w, y_l, u, LAM, torch.ones_like(u)).sum(), e)
+        (step,) = grad(losses.dspo_two_sided(e, e, r, r, y_w, y_l, LAM * one, one).sum(), e)
         e = (e - math.prod(SHAPE) * 0.3 * step).detach().requires_grad_()
     torch.testing.assert_close(e.detach(), r + (y_w - y_l) / (2 * (1 - LAM)))
 

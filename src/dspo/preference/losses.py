@@ -100,8 +100,10 @@ def pair_losses(loss: LossName, p: Predictions, terms: Terms, delta: Tensor, str
             return dspo(p.e_w, p.r_w, p.y_w, terms.u, strength.lam, strength.permute_k)
         case "dspo_two_sided" | "dspo_hinge":
             assert p.e_l is not None and p.r_l is not None and p.y_l is not None
-            form = dspo_two_sided if loss == "dspo_two_sided" else dspo_hinge
-            return form(p.e_w, p.e_l, p.r_w, p.r_l, p.y_w, p.y_l, terms.u, strength.lam, terms.omega)
+            k = pull_of(loss, terms.u, strength)
+            assert k is not None
+            weight = terms.omega * hinge_steepness(terms.u) if loss == "dspo_hinge" else terms.omega
+            return dspo_two_sided(p.e_w, p.e_l, p.r_w, p.r_l, p.y_w, p.y_l, k, weight)
         case "dspo_official_sd15":
             return dspo_official_sd15(p.e_w, p.r_w, p.y_w, terms.u, strength.beta)
         case "dspo_official_sdxl":
@@ -145,6 +147,14 @@ def two_sided_pull(u: Tensor, lam: float) -> Tensor:
     return (2 * pull(u, lam)).clamp(max=lam)
 
 
+def hinge_steepness(u: Tensor) -> Tensor:
+    """min(1, max(0, 1 - u)), [B], without a gradient: minus the slope of the smooth hinge (Rennie and Srebro, 2005).
+
+    A pair at a timestep where the policy prefers the winner by u = 1 has 0, one where it does not prefer it yet has 1.
+    """
+    return (1 - u).clamp(0, 1).detach()
+
+
 def pull_of(loss: LossName, u: Tensor, strength: Strength) -> Tensor | None:
     """The k of the loss, [B]; None for a loss that has none."""
     match loss:
@@ -173,40 +183,27 @@ def dspo(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, lam: float, permute_k
 
 
 def dspo_two_sided(
-    e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, u: Tensor, lam: float, omega: Tensor
+    e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, k: Tensor, weight: Tensor
 ) -> Tensor:
-    """DSPO with a gradient from the loser, ours: omega(t) / 2 times
+    """DSPO with a gradient from the loser, ours: weight / 2 times
 
-        || e_w - sg(y_w + k (e_w - r_w)) ||^2 / D + || e'_l - sg(y_l + k (e'_l - r_l)) ||^2 / D
-        e' = 2r - e,  k = lam min(1, 2 (1 - sigmoid(u)))
+        || e_w - sg(y_w + k (e_w - r_w)) ||^2 / D + || e'_l - sg(y_l + k (e'_l - r_l)) ||^2 / D,  e' = 2r - e
 
     The mirrored policy e' lies on the other side of the reference: to teach it the losers is to push the policy away
-    from them. Both terms are quadratic, so there is a fixed point, as DPO has none: where x_t may be a winner's or a
-    loser's alike it is e = r + (E_w[y] - E_l[y]) / 2(1 - k). What winners and losers have in common cancels, and lam
-    says how far beyond their difference the policy goes, the less where it already prefers the winner. With constant k
-    it is DiffusionNFT's loss (Zheng et al., 2025) on fixed pairs. omega [B] as in u: errors in the noise are largest
-    where little noise is left, and without it those steps would rule, which decide texture and not what is where.
+    from them. Both terms are quadratic, so with constant k and weight there is a fixed point, as DPO has none: where
+    x_t may be a winner's or a loser's alike it is e = r + (E_w[y] - E_l[y]) / 2(1 - k). What winners and losers have
+    in common cancels, and k says how far beyond their difference the policy goes. With constant k it is DiffusionNFT's
+    loss (Zheng et al., 2025) on fixed pairs.
+
+    `dspo_two_sided` has k = :func:`two_sided_pull` and the weight omega(t): errors in the noise are largest where
+    little noise is left, and without it those steps would rule, which decide texture and not what is where.
+    `dspo_hinge` has k = lam and the weight omega(t) :func:`hinge_steepness`: what is learnt pushes no more. k and the
+    weight are [B].
     """
-    return omega * _both_sides(e_w, e_l, r_w, r_l, y_w, y_l, two_sided_pull(u, lam))
-
-
-def dspo_hinge(
-    e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, u: Tensor, lam: float, omega: Tensor
-) -> Tensor:
-    """Two-sided DSPO that leaves alone what it has learnt, ours: sg(min(1, max(0, 1 - u))) times its loss at k = lam.
-
-    The weight is the slope of the smooth hinge (Rennie and Srebro, 2005): a pair at a timestep where the policy prefers
-    the winner by u = 1 has no gradient, one where it does not prefer it yet has all of it.
-    """
-    slope = (1 - u).clamp(0, 1).detach()
-    return slope * omega * _both_sides(e_w, e_l, r_w, r_l, y_w, y_l, torch.full_like(u, lam))
-
-
-def _both_sides(e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor, y_w: Tensor, y_l: Tensor, k: Tensor) -> Tensor:
     mirrored = 2 * r_l - e_l
     winner = error(e_w, (y_w + _per_pair(k) * (e_w - r_w)).detach())
     loser = error(mirrored, (y_l + _per_pair(k) * (mirrored - r_l)).detach())
-    return (winner + loser) / 2
+    return weight * (winner + loser) / 2
 
 
 def dspo_official_sd15(e_w: Tensor, r_w: Tensor, y_w: Tensor, u: Tensor, beta: float) -> Tensor:
