@@ -159,7 +159,7 @@ def evenly_one(patches: Tensor, side: int) -> Map:
 def shown(pixels: Tensor, statistics: dict[str, Any]) -> Pixels:
     """Normalised pixels [1, 3, size, size] as an image [size, size, 3]."""
     mean, std = (np.asarray(statistics[name], dtype=np.float32) for name in ("mean", "std"))
-    image = pixels[0].permute(1, 2, 0).numpy() * std + mean
+    image = pixels[0].permute(1, 2, 0).cpu().numpy() * std + mean
     return (image * 255).round().clip(0, 255).astype(np.uint8)
 
 

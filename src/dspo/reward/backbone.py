@@ -17,6 +17,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from dspo.data.hub import Missing, fetch, find
@@ -25,6 +26,10 @@ from dspo.errors import UserError
 from dspo.params import RewardParams
 
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip takes the first that is there
+
+# All kernels of attention but cuDNN's. Today's GPUs prefer those, and plan them anew for each shape, which takes a good
+# part of a second: batches of distinct images and captions have many shapes.
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Tokenizer(Protocol):
@@ -98,6 +103,11 @@ class Backbone(nn.Module):
             block.ln_1.register_forward_hook(lambda _module, _inputs, x: x.transpose(0, 1).contiguous().transpose(0, 1))
 
     @property
+    def device(self) -> torch.device:
+        device: torch.device = self.clip.logit_scale.device
+        return device
+
+    @property
     def image_width(self) -> int:
         return int(self.clip.visual.transformer.width)
 
@@ -119,14 +129,14 @@ class Backbone(nn.Module):
         return uses_quick_gelu(self.clip)
 
     def preprocess(self, images: list[Pixels]) -> Tensor:
-        """uint8 images [height, width, 3] to normalised pixels [batch, 3, size, size].
+        """uint8 images [height, width, 3] to normalised pixels [batch, 3, size, size] on the backbone's device.
 
         As open_clip's evaluation transform: bicubic to the shorter side, centre crop, the model's mean and deviation.
         """
-        pixels = torch.from_numpy(np.stack([self.resize(image) for image in images])).permute(0, 3, 1, 2)
+        resized = np.stack([self.resize(image) for image in images])
+        pixels = torch.from_numpy(resized).to(self.device).permute(0, 3, 1, 2)  # moved as bytes
         statistics = self.clip.visual.preprocess_cfg
-        mean = torch.tensor(statistics["mean"]).view(1, 3, 1, 1)
-        std = torch.tensor(statistics["std"]).view(1, 3, 1, 1)
+        mean, std = (torch.tensor(statistics[key], device=self.device).view(1, 3, 1, 1) for key in ("mean", "std"))
         return (pixels.float() / 255 - mean) / std
 
     def resize(self, image: Pixels) -> Pixels:

@@ -13,13 +13,14 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from dspo.data.files import read_json, write_bytes, write_json
 from dspo.data.images import Pixels
 from dspo.errors import UserError
 from dspo.lanes import in_lanes
 from dspo.params import RewardParams
-from dspo.reward.backbone import weights_sha256
+from dspo.reward.backbone import ANY_SHAPE, weights_sha256
 from dspo.reward.dataset import autocast
 from dspo.reward.model import RewardModel, build_model
 from dspo.reward.training import Trained, load_weights
@@ -60,8 +61,9 @@ class RewardScorer:
         backbone = self.model.backbone
         parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
         batches = ((images[part], self._tokens(captions[part])) for part in parts)
-        device = backbone.clip.logit_scale.device
-        return np.concatenate(list(in_lanes(lambda batch: self._score(*batch), batches, device, backbone.side)))
+        with sdpa_kernel(ANY_SHAPE):
+            scores = list(in_lanes(lambda batch: self._score(*batch), batches, backbone.device, backbone.side))
+        return np.concatenate(scores)
 
     def _tokens(self, captions: Sequence[str]) -> list[Tensor]:
         """The captions [n, length] of every view."""
@@ -69,13 +71,12 @@ class RewardScorer:
 
     def _score(self, images: Sequence[Pixels], tokens: Sequence[Tensor]) -> NDArray[np.float32]:
         backbone = self.model.backbone
-        device = backbone.clip.logit_scale.device
         resized = [backbone.resize(image) for image in images]
         scores = []
-        with torch.inference_mode(), autocast(device, self.params.dtype):
+        with torch.inference_mode(), autocast(backbone.device, self.params.dtype):
             for view, ids in zip(self.model.views, tokens, strict=True):
                 pixels = backbone.preprocess([view.image(image, backbone.patch) for image in resized])
-                scores.append(self.model(pixels.to(device), ids.to(device)).cpu().numpy())
+                scores.append(self.model(pixels, ids.to(backbone.device)).cpu().numpy())
         mean: NDArray[np.float32] = np.mean(scores, axis=0)
         return mean
 

@@ -140,7 +140,7 @@ class Stems:
         self.pairs = pairs
         self.dtype = dtype
         self.view = view
-        self.device = backbone.clip.logit_scale.device
+        self.device = backbone.device
         self._others: dict[View, Stems] = {}
         self._threads: ThreadPoolExecutor = ThreadPoolExecutor(processes()) if first is None else first._threads
         self._resized: dict[int, Pixels] = {} if first is None else first._resized
@@ -187,7 +187,7 @@ class Stems:
         else:
             images = list(self._threads.map(self._image, rows.tolist()))
         with autocast(self.device, self.dtype):
-            return self.backbone.image_stem(self.backbone.preprocess(images).to(self.device))
+            return self.backbone.image_stem(self.backbone.preprocess(images))
 
     def _image(self, row: int) -> Pixels:
         """Decoded and of the backbone's size: PIL works outside of Python's lock."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from dspo.data.files import write_bytes
 from dspo.data.keys import keyed_rng
@@ -23,6 +24,7 @@ from dspo.errors import UserError
 from dspo.lanes import in_lanes
 from dspo.params import RewardParams
 from dspo.progress import progress
+from dspo.reward.backbone import ANY_SHAPE
 from dspo.reward.dataset import Floats, RatedPairs, Rows, Stems, autocast
 from dspo.reward.losses import masked_head_loss, mix_rows
 from dspo.reward.model import RewardModel
@@ -44,6 +46,7 @@ class Trained:
     curve: list[dict[str, float]]  # one row per epoch
 
 
+@sdpa_kernel(ANY_SHAPE)
 def train_reward(
     model: RewardModel,
     train: Stems,
@@ -233,10 +236,7 @@ def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]
     for name, state in (("raw", current_weights(model)), ("ema", ema)):
         with weights(model, state):
             difference = view_differences(model, validation)[:, model.heads.index("overall")]
-        share, vote = (
-            validation.pairs.head_shares(("overall",))[:, 0],
-            validation.pairs.vote,
-        )
+        share, vote = validation.pairs.head_shares(("overall",))[:, 0], validation.pairs.vote
         nll = share * np.logaddexp(0, -difference) + (1 - share) * np.logaddexp(0, difference)
         decided = vote != 0.5
         row[f"validation_nll_{name}"] = float(np.nanmean(nll))
@@ -244,6 +244,7 @@ def check(model: RewardModel, ema: State, validation: Stems) -> dict[str, float]
     return row
 
 
+@sdpa_kernel(ANY_SHAPE)
 def score_differences(model: RewardModel, stems: Stems) -> Floats:
     """Score of the first minus score of the second image, [n_pairs, n_heads]; the mean over the model's views."""
     mean: Floats = np.mean([view_differences(model, stems.seen(view)) for view in model.views], axis=0)
