@@ -1,7 +1,7 @@
 """Training steps: this project's, the same with other adapters, and the stock recipe of the field."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,15 +53,7 @@ class PeftDora:
         for layer in self.layers:
             layer.training = layer.lora_dropout[NAME].training = mode
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        for layer in self.layers:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer._disable_adapters = False
+    disabled = Adapter.disabled  # reads `layers` alone
 
 
 def lora_config(params: TrainParams) -> LoraConfig:

@@ -90,9 +90,9 @@ def judge(output: str) -> None:
     pipe = load_pipeline(params.active.base, torch.device("cpu"))
     sample_to_shards(pipe, requests, settings.sampler, RESOLUTION, 0, settings.batch_size, folder)
     images = load_shards(folder)
-    judges = Judges(Redness(), False, None, settings.batch_size, 1)  # type: ignore[arg-type]  # has what is called of a scorer
+    judges = Judges(Redness(), False, None, settings.batch_size, 1)  # has what is called of a scorer
     groups = {"base": images, "few": images.take(np.array([4]))}
-    judged = evaluate._judged(judges, groups)
+    judged = evaluate.judged(judges, groups)
     if distributed.first():
         scores = {name: {c: s.tolist() for c, s in group.scores.items()} for name, group in judged.items()}
         (Path(output) / "scores.json").write_text(json.dumps(scores))
@@ -143,7 +143,7 @@ def launch(n: int, scratch: str, task: Callable[..., None], *args: object) -> bo
     running = {process.sentinel: process for process in started}
     while running:
         for sentinel in connection.wait(list(running)):
-            ended = running.pop(sentinel)  # type: ignore[index]
+            ended = running.pop(sentinel)
             ended.join()
             if ended.exitcode:
                 for other in running.values():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from disk import Killed
 
 from dspo.errors import UserError
 from dspo.stages import atomic
@@ -30,10 +31,6 @@ def wait(event, args):
 
 sys.addaudithook(wait)
 """
-
-
-class Killed(BaseException):
-    """Stands for a kill: no handler of the code under test may swallow it."""
 
 
 @pytest.fixture(autouse=True)

@@ -144,6 +144,6 @@ def test_the_example_makes_an_image(scheduler: str, tmp_path: Path, monkeypatch:
     (code,) = re.findall(r"```python\n(.*?)```", model_card(run(params, adapter="adapter")), re.S)
     made: dict[str, object] = {}
     exec(code, made)
-    assert made["image"].size == (RESOLUTION, RESOLUTION)  # type: ignore[attr-defined]
-    assert type(made["pipe"].scheduler).__name__ == SCHEDULERS[scheduler].partition(".")[0]  # type: ignore[attr-defined]
+    assert made["image"].size == (RESOLUTION, RESOLUTION)
+    assert type(made["pipe"].scheduler).__name__ == SCHEDULERS[scheduler].partition(".")[0]
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["use_dora"]

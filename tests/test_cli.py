@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from chromium import Browser, clean
+from disk import Killed, contents
 from gallery import assert_page
 from peft import PeftModel
 from PIL import Image
@@ -93,10 +94,6 @@ def call(*argv):
 
 def generate(model, output="out", *more):
     return call("batch-generate", "--model", model, "--prompts", "prompts.csv", "--output", output, *more)
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 COMMANDS = {
@@ -388,9 +385,6 @@ def test_train_leaves_what_was_promised(plain_prompts, models, reward):
 def test_train_goes_on_after_a_kill_and_ends_in_the_same_bytes(plain_prompts, reward, monkeypatch):
     train(reward, "whole")
 
-    class Killed(BaseException):
-        pass
-
     append, steps = trainer.append_row, []
 
     def dying(path, row):
@@ -530,7 +524,7 @@ def test_the_plan_of_a_training_is_what_the_training_does(plain_prompts, reward,
 
     world = load_params(Path("params.yaml")).active
     base = estimate.load_base(world.base)
-    peak = estimate.training_peak(estimate.with_adapter(base, world.train), base, world.train, RESOLUTION)
+    peak = estimate.training_peak(add_dora(base.unet, world.train, seed=0), base, world.train, RESOLUTION)
     step = estimate.parameter_bytes(base.unet) + sum(tensor.nbytes for tensor in kept) + peak
     assert f"a training step {size(step)}" in plan["memory"]
 

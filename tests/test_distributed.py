@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from disk import contents
 from safetensors.torch import load_file
 
 from dspo.data.codecs import encode, encoder
@@ -37,10 +38,6 @@ def python(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | places | (env or {}), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
+from disk import contents
 from peft import PeftModel
 from PIL import Image
 from published_sets import picture, put, worked_example, write_csv
@@ -123,10 +124,6 @@ def bring(source, output="pairs", *more, code=0):
         return Path(output)
     assert isinstance(result.exception, UserError)
     return str(result.exception)
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_three_forms_of_the_same_pairs_give_the_same_bytes(folder):

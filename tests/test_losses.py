@@ -16,7 +16,6 @@ from dspo.preference.schedule import NoiseSchedule
 B, SHAPE = 5, (4, 3, 2)
 BETA, LAM, SCALE = 3.0, 0.7, 20.0
 STRENGTH = Strength(BETA, LAM, SCALE)
-WITH_REFERENCE: list[LossName] = [name for name, needs in NEEDS.items() if needs.reference]
 
 
 def tensors(seed: int = 0, spread: float = 0.3) -> dict[str, Tensor]:
@@ -242,7 +241,7 @@ def test_loss_needs_no_more_than_it_says(loss: LossName) -> None:
 
 def schedule(prediction_type: str = "epsilon") -> NoiseSchedule:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return NoiseSchedule(torch.cumprod(1 - betas, 0).float(), prediction_type)  # type: ignore[arg-type]
+    return NoiseSchedule(torch.cumprod(1 - betas, 0).float(), prediction_type)
 
 
 def test_omega_is_the_sigmoid_of_the_negative_log_snr_with_mean_1() -> None:

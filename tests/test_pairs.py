@@ -80,7 +80,7 @@ def test_what_every_pair_keeps(table: list[Candidate], chosen: ScoreParams) -> N
 @given(tables, params, st.randoms(use_true_random=False))
 def test_order_of_rows_does_not_matter(table: list[Candidate], chosen: ScoreParams, random: object) -> None:
     shuffled = list(table)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     assert select_pairs(table, chosen, HEADS) == select_pairs(shuffled, chosen, HEADS)
 
 

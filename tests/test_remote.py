@@ -20,6 +20,7 @@ import asyncssh
 import boto3
 import pytest
 import yaml
+from disk import contents
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from tiny_run import ROOT, shell, tiny_run
@@ -84,10 +85,6 @@ def published(tiny_run: Path, storage: Storage, tmp_path_factory: pytest.TempPat
 def clone(published: Path, tmp_path: Path) -> Path:
     shell(tmp_path, "git", "clone", "--quiet", published, "clone")
     return tmp_path / "clone"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def change(root: Path, section: str, key: str, value: float) -> None:

@@ -20,7 +20,7 @@ from dspo.data.keys import prompt_id
 from dspo.data.prompts import Prompt, write_split
 from dspo.diffusion.sampling import Sample
 from dspo.errors import UserError
-from dspo.evaluation import paired
+from dspo.evaluation import judges, paired
 from dspo.params import load_params
 from dspo.stages import evaluate
 
@@ -96,8 +96,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_reward", lambda folder, device: Brightness())
-    monkeypatch.setattr(evaluate, "SecondJudge", RedJudge)
+    monkeypatch.setattr(judges, "load_reward", lambda folder, device: Brightness())
+    monkeypatch.setattr(judges, "SecondJudge", RedJudge)
     monkeypatch.setenv("DSPO_PROCESSES", "1")
     monkeypatch.setenv("DSPO_DEVICE", "cpu")
 
@@ -118,8 +118,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def evaluation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_reward", lambda folder, device: Brightness())
-        patch.setattr(evaluate, "SecondJudge", RedJudge)
+        patch.setattr(judges, "load_reward", lambda folder, device: Brightness())
+        patch.setattr(judges, "SecondJudge", RedJudge)
         patch.setenv("DSPO_PROCESSES", "1")
         patch.setenv("DSPO_DEVICE", "cpu")
         return run_stage(project, tmp_path_factory.mktemp("run"), patch)

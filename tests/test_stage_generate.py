@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from disk import Killed, contents
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_tiny_pipeline, tiny_pipeline
 
@@ -40,10 +41,6 @@ class RednessScorer:
     def score(self, images: Sequence[np.ndarray], captions: Sequence[str], batch_size: int) -> np.ndarray:
         red = np.array([image[..., 0].mean() / 255 for image in images], dtype=np.float32)
         return np.stack([red, red**2, -red, 1 - red], axis=1)
-
-
-class Killed(BaseException):
-    """No `except` clause of a program expects it."""
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +84,6 @@ def generate(output: str = "candidates") -> Path:
 def make_pairs(output: str = "pairs") -> Path:
     score.main(["--params", "params.yaml", "--candidates", "candidates", "--reward", "reward", "--output", output])
     return Path(output)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit_params(**score_section: object) -> None:

@@ -33,7 +33,7 @@ def test_swapping_the_sides_mirrors_rate_and_interval() -> None:
     ids = [str(i // 3) for i in range(300)]
     there, back = win_rate(delta, ids, 0.2, 500, 7), win_rate(-delta, ids, 0.2, 500, 7)
     assert there.win_rate is not None and back.win_rate == pytest.approx(1 - there.win_rate)
-    assert back.low == pytest.approx(1 - there.high) and back.high == pytest.approx(1 - there.low)  # type: ignore[operator]
+    assert back.low == pytest.approx(1 - there.high) and back.high == pytest.approx(1 - there.low)
 
 
 def test_the_interval_agrees_with_wilson_when_images_are_independent() -> None:
@@ -72,7 +72,7 @@ def test_a_paired_difference_of_shares_is_the_mean_of_differences() -> None:
     assert result.value == pytest.approx(tuned.mean() - base.mean())
     b, c = (tuned & ~base).sum(), (base & ~tuned).sum()  # the discordant pairs give the standard error
     half = 1.96 * np.sqrt((b + c) / 200 - ((b - c) / 200) ** 2) / np.sqrt(200)
-    assert result.high - result.low == pytest.approx(2 * half, rel=0.08)  # type: ignore[operator]
+    assert result.high - result.low == pytest.approx(2 * half, rel=0.08)
 
 
 def test_ratio_of_means_by_hand() -> None:
@@ -100,7 +100,7 @@ def test_head_to_head_is_wider_when_training_seeds_disagree() -> None:
     noise = rng.normal(0, 1, (5, 100, 1))
     agree = head_to_head(noise, 0.0, 1000, 0)
     disagree = head_to_head(noise + np.array([-1.5, -0.7, 0.0, 0.7, 1.5])[:, None, None], 0.0, 1000, 0)
-    width = [r.high - r.low for r in (agree, disagree)]  # type: ignore[operator]
+    width = [r.high - r.low for r in (agree, disagree)]
     assert width[1] > 2 * width[0]
 
 

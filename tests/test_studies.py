@@ -226,7 +226,7 @@ def test_matched_drift_takes_the_nearest_trial(params: Params) -> None:
 def test_a_trial_is_made_once(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPO_DEVICE", "cpu")
     pairs = made_up_pairs(4)
-    trials = Trials(params, Brightness(), {"reward": (pairs, first_pairs(pairs, 1))}, tmp_path)  # type: ignore[arg-type]
+    trials = Trials(params, Brightness(), {"reward": (pairs, first_pairs(pairs, 1))}, tmp_path)
     on = PromptSet("two", [Prompt("a", "a red circle"), Prompt("b", "a small star")], 2, 7)
     recipe = Recipe("reward", params.active.train, seed=3)
     base, tuned = trials.base(on), trials.run(recipe, on)
@@ -245,7 +245,7 @@ def test_a_trial_is_made_once(params: Params, tmp_path: Path, monkeypatch: pytes
         trials.run(Recipe("reward", params.active.train, seed=4), on)
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert np.array_equal(Trials(params, Brightness(), trials.pairs, tmp_path / "new").base(on).scores["gold_overall"],
-                          base.scores["gold_overall"])  # type: ignore[arg-type]  # fmt: skip
+                          base.scores["gold_overall"])  # fmt: skip
 
 
 class EveryOtherIsRight(Brightness):
@@ -260,7 +260,7 @@ def test_what_stands_beside_the_adapter(params: Params, tmp_path: Path, monkeypa
     monkeypatch.setenv("DSPO_DEVICE", "cpu")
     pairs = made_up_pairs(6)
     sets = {"2": (first_pairs(pairs, 2), pairs), "reward": (pairs, pairs)}
-    trials = Trials(params, EveryOtherIsRight(), sets, tmp_path)  # type: ignore[arg-type]
+    trials = Trials(params, EveryOtherIsRight(), sets, tmp_path)
     fresh = PromptSet("fresh", [Prompt("a", "a red circle"), Prompt("b", "a small star")], 2, 7)
     figures = beside.compared(trials, fresh, params)
     best, few, everything, lora = figures["rows"]
@@ -290,7 +290,7 @@ def test_a_training_that_runs_away_is_remembered(
 ) -> None:
     monkeypatch.setenv("DSPO_DEVICE", "cpu")
     pairs = made_up_pairs(4)
-    trials = Trials(params, Brightness(), {"reward": (pairs, pairs)}, tmp_path)  # type: ignore[arg-type]
+    trials = Trials(params, Brightness(), {"reward": (pairs, pairs)}, tmp_path)
     train = params.active.train.model_copy(update={"lr": 1e30, "epochs": 2})
     on = PromptSet("one", [Prompt("a", "a red circle")], 1, 7)
     assert trials.run(Recipe("reward", train, 0), on) is None

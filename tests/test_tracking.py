@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from chromium import Browser
+from disk import Killed
 from mlflow import MlflowClient
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -421,10 +422,6 @@ def test_a_dead_database_server_is_asked_once(root: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("mlflow.store.db.utils.time.sleep", lambda _: pytest.fail("MLflow tries again"))
     with pytest.raises(UserError, match="dspo sync"):
         sync("postgresql+psycopg://mlflow:mlflow@127.0.0.1:9/mlflow", root)  # nothing listens there
-
-
-class Killed(BaseException):
-    """No code of the project or of MLflow catches it."""
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import yaml
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from disk import Killed
 from safetensors.torch import save_file
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeline
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -91,17 +92,13 @@ def make_adapter(p: TrainParams, prediction_type: str = "epsilon") -> tuple[Adap
 
 def run(p: TrainParams, folder: Path, n: int = 7, **keywords: object) -> Trained:
     adapter, schedule = make_adapter(p)
-    return train(adapter, schedule, make_pairs(n), make_pairs(2, seed=1), p, 0, folder, **keywords)  # type: ignore[arg-type]
+    return train(adapter, schedule, make_pairs(n), make_pairs(2, seed=1), p, 0, folder, **keywords)
 
 
 def same(a: Trained, b: Trained) -> bool:
     return all(torch.equal(a.adapter[name], b.adapter[name]) for name in a.adapter) and a == replace(
         b, adapter=a.adapter
     )
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_few_of_many_held_out_pairs_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +134,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
         calls += 1
         if calls == at_call:
             raise Killed
-        return clip(*args, **keywords)  # type: ignore[arg-type]
+        return clip(*args, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_then_die)
@@ -229,9 +226,9 @@ class ScalarReads(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func: object, _types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+    def __torch_dispatch__(self, func: object, _types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("fixed_draws", [None, 1])
@@ -763,7 +760,7 @@ def test_stage_writes_adapter_and_log(tmp_path: Path, monkeypatch: pytest.Monkey
 
         def save_then_die(*args: object) -> None:
             nonlocal saves
-            save(*args)  # type: ignore[arg-type]
+            save(*args)
             saves += 1
             if saves == 1:
                 raise Killed

@@ -8,7 +8,7 @@ import typer
 
 from dspo.errors import UserError
 from dspo.options import check_reward, check_writable, output_file, output_folder, read_config
-from dspo.params import BaseModelParams, load_params
+from dspo.params import BaseModelParams, Params, load_params
 from dspo.stages.runner import run
 
 HELP = """Preference tuning of SDXL. The whole pipeline is `dvc repro`; these commands are its parts, without DVC.
@@ -93,12 +93,11 @@ def train(
     settings = load_params(params)
     world = settings.active
     training = world.train.model_copy(update={name: value for name, value in given.items() if value is not None})
-    world = world.model_copy(update={"base": _with_model(world.base, model_name), "train": training})
     from dspo.data.prompts import read_prompts
 
     read_prompts(prompts, world.prompts.max_characters)
     check_reward(reward_model)
-    changed = settings.model_copy(update={"worlds": {settings.world: world}})
+    changed = _with(settings, base=_with_model(world.base, model_name), train=training)
     if dry_run:
         from dspo.dry_run import plan_training  # costly
 
@@ -179,9 +178,7 @@ def import_pairs(
     if reward_model is not None:
         check_reward(reward_model)
     settings = load_params(params)
-    world = settings.active
-    world = world.model_copy(update={"base": _with_model(world.base, model_name)})
-    changed = settings.model_copy(update={"worlds": {settings.world: world}})
+    changed = _with(settings, base=_with_model(settings.active.base, model_name))
     from dspo.import_pairs import import_pairs as bring  # costly; mistakes above are told at once
 
     check_writable(output.absolute().parent)
@@ -256,12 +253,11 @@ def compare(
     if model_name is None:
         for adapter in adapters:
             check_base(adapter, world.base)
-    world = world.model_copy(update={"base": _with_model(world.base, model_name)})
-    changed = settings.model_copy(update={"worlds": {settings.world: world}})
-    from dspo.compare import JudgeFolders, compare_adapters
+    changed = _with(settings, base=_with_model(world.base, model_name))
+    from dspo.compare import compare_adapters
 
     each = seeds or world.evaluate.seeds_per_prompt
-    said = compare_adapters(changed, adapters, wanted, each, JudgeFolders(reward_model, second_judge), output)
+    said = compare_adapters(changed, adapters, wanted, each, reward_model, second_judge, output)
     typer.echo(f"A is {first}, B is {second}. {said}")
     typer.echo(f"the page: {output / 'index.html'}")
 
@@ -319,6 +315,12 @@ def sync() -> None:
     from dspo.tracking.sync import sync as send  # costly
 
     typer.echo(f"runs sent: {len(send())}")
+
+
+def _with(settings: Params, **sections: object) -> Params:
+    """Parameters whose active world has other sections."""
+    world = settings.active.model_copy(update=sections)
+    return settings.model_copy(update={"worlds": {settings.world: world}})
 
 
 def _with_model(base: BaseModelParams, name: str | None) -> BaseModelParams:

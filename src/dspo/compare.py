@@ -1,7 +1,6 @@
 """Two adapters from the same noise, judged by the world's judges, on one page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,20 @@ from dspo.environment import device, processes
 from dspo.evaluation import compare
 from dspo.evaluation.compare import Comparison
 from dspo.evaluation.foreign import places
-from dspo.evaluation.foreign.judge import ForeignJudge
-from dspo.evaluation.judges import Judges
+from dspo.evaluation.judges import load_judges
 from dspo.evaluation.paired import Images, evaluation_requests, load_shards, sample_to_shards
 from dspo.params import Params
 from dspo.preference.dora import load_adapter
 from dspo.reporting import plots
-from dspo.reporting.page import compared, main_judge, render_comparison
+from dspo.reporting.page import compared, judge_name, main_judge, render
 from dspo.reporting.pictures import choose
 from dspo.reporting.tables import Names, main_first, words
-from dspo.reward.checkpoint import load_reward
 from dspo.shapes.grammar import check_readable
-from dspo.shapes.second import SecondJudge
 from dspo.stages.atomic import open_scratch
+from dspo.stages.evaluate import judged
 from dspo.stages.report import digest
 
 NAMES: Names = ("A", "B")
-
-
-@dataclass(frozen=True)
-class JudgeFolders:
-    reward: Path
-    second: Path  # read where evaluate.judges lists the second judge
 
 
 def compare_adapters(
@@ -44,7 +35,8 @@ def compare_adapters(
     adapters: tuple[Path, Path],
     prompts: Sequence[Prompt],
     seeds_per_prompt: int,
-    judges: JudgeFolders,
+    reward: Path,
+    second_judge: Path,  # read where evaluate.judges lists the second judge
     output: Path,
 ) -> str:
     """Write ``output/index.html`` and ``output/results.json``, and return the verdict.
@@ -64,10 +56,10 @@ def compare_adapters(
         "prompts": [prompt.text for prompt in prompts],
         "seeds_per_prompt": seeds_per_prompt,
     }
-    second = [judges.second] if "second" in settings.judges else []
+    second = [second_judge] if "second" in settings.judges else []
     local = [*local_files(world.base), *places.local_files(settings.foreign_judges)]
-    scratch = open_scratch("compare", what, [*adapters, judges.reward, *second, *local])
-    loaded = load_judges(params, judges)
+    scratch = open_scratch("compare", what, [*adapters, reward, *second, *local])
+    judges = load_judges(settings, reward, second_judge, processes())
 
     requests = evaluation_requests(prompts, seeds_per_prompt, 0, 2)
     for name, adapter in zip(NAMES, adapters, strict=True):
@@ -75,7 +67,7 @@ def compare_adapters(
         pipe.unet = load_adapter(pipe.unet, adapter)
         common = (world.base.resolution, params.seed, settings.batch_size)
         sample_to_shards(pipe, requests, settings.sampler, *common, scratch.path / name)
-    first, other = judged(loaded, *(load_shards(scratch.path / name) for name in NAMES))
+    first, other = judged(judges, {name: load_shards(scratch.path / name) for name in NAMES}).values()
 
     how = Comparison(settings.tie_band, settings.bootstrap_resamples, params.seed)
     results = {
@@ -95,28 +87,6 @@ def compare_adapters(
     return compared(results, NAMES)
 
 
-def load_judges(params: Params, folders: JudgeFolders) -> Judges:
-    settings = params.active.evaluate
-    return Judges(
-        load_reward(folders.reward, device()),
-        "gold" in settings.judges,
-        SecondJudge.load(folders.second) if "second" in settings.judges else None,
-        settings.batch_size,
-        processes(),
-        tuple(ForeignJudge(judge, device()) for judge in settings.foreign_judges),
-    )
-
-
-def judged(judges: Judges, first: Images, other: Images) -> tuple[Images, Images]:
-    """Both with their scores, in one go."""
-    scores = judges.score([*first.images, *other.images], [*first.captions, *other.captions])
-    n = len(first.images)
-    return (
-        replace(first, scores={name: column[:n] for name, column in scores.items()}),
-        replace(other, scores={name: column[n:] for name, column in scores.items()}),
-    )
-
-
 def page(results: dict[str, Any], first: Images, other: Images, params: str, inputs: dict[str, str]) -> str:
     rates = results["tuned_against_base"]["win_rates"]
     judge = main_judge(rates)
@@ -126,7 +96,12 @@ def page(results: dict[str, Any], first: Images, other: Images, params: str, inp
         "judges": plots.judges_plot(main_first(rates), NAMES),
         "distributions": plots.score_distributions(one, two, list(main_first(rates)), NAMES),
     }
-    return render_comparison(
+    return render(
+        "compare.html.j2",
+        title=f"{NAMES[0]} against {NAMES[1]}",
+        verdict=compared(results, NAMES),
+        judge=judge,
+        judge_name=judge_name(rates),
         results=results,
         names=NAMES,
         pictures=choose(one, two, judges, rates[judge]["tau"]),

@@ -22,10 +22,9 @@ from dspo.estimate import (
     parameter_count,
     sampling_peak,
     training_peak,
-    with_adapter,
 )
 from dspo.params import BaseModelParams, Params, RewardParams, SamplerParams, World
-from dspo.preference.dora import tensor_shapes
+from dspo.preference.dora import add_dora, tensor_shapes
 from dspo.preference.pairs import held_out_prompts
 from dspo.quick_train import resolved
 from dspo.reward.checkpoint import CONFIG
@@ -42,7 +41,7 @@ def plan_training(params: Params, prompts_file: Path, reward_folder: Path, num_p
     """What `dspo train` would do. Raises :class:`UserError` for bad prompts, or a model that is not there."""
     prompts, world = resolved(params.active, prompts_file, num_pairs)
     base = load_base(world.base)
-    adapter = with_adapter(base, world.train)
+    adapter = add_dora(base.unet, world.train, seed=0)
     trained = sum(parameter.numel() for parameter in adapter.parameters.values())
     logging.disable(logging.WARNING)  # open_clip's, that no weights were loaded
     try:

@@ -22,7 +22,7 @@ from dspo.diffusion.files import CONFIG_PATTERNS, SDXL, SDXL_REVISION, mend_loca
 from dspo.errors import UserError
 from dspo.params import BaseModelParams, TrainParams
 from dspo.preference.dataset import Batch
-from dspo.preference.dora import Adapter, add_dora
+from dspo.preference.dora import Adapter
 from dspo.preference.method import Method, checkpoint_blocks
 from dspo.preference.schedule import NoiseSchedule
 
@@ -128,11 +128,6 @@ def _batch(base: Base, pairs: int, side: int) -> Batch:
         weight=empty(dtype=torch.float32),
         delta=empty(dtype=torch.float32),
     )
-
-
-def with_adapter(base: Base, params: TrainParams) -> Adapter:
-    """An untrained adapter in the base's UNet. Raises :class:`UserError` if a target module is not there."""
-    return add_dora(base.unet, params, seed=0)
 
 
 def parameter_count(module: nn.Module) -> int:

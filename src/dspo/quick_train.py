@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from diffusers import StableDiffusionXLPipeline
 
-from dspo.data.files import whole_file, write_json
+from dspo.data.files import write_bytes, write_json
 from dspo.data.images import Pixels, encode_png, read_table
 from dspo.data.prompts import Prompt, read_prompts
 from dspo.diffusion.base import load_pipeline, local_files
@@ -25,7 +25,7 @@ from dspo.preference.trainer import CHECKPOINT, train
 from dspo.progress import progress
 from dspo.reward.checkpoint import RewardScorer, load_reward
 from dspo.stages.atomic import open_scratch
-from dspo.stages.train import RewardCheck, metrics, write_rows
+from dspo.stages.train import RewardCheck, metrics, write_logs
 
 SIDE_BY_SIDE = 8  # prompts in the picture of base beside tuned
 
@@ -69,8 +69,7 @@ def quick_train(params: Params, prompts_file: Path, reward: Path, num_pairs: int
 
     logs = work / "logs"
     adapter.save(work / "adapter", world.base.model)
-    write_rows(trained.log, logs / "log.csv")
-    write_rows(trained.epochs, logs / "epochs.csv")
+    write_logs(trained, logs)
     write_json(metrics(trained, len(pairs), len(held_out)), logs / "metrics.json")
     with check.on_device():
         change = before_and_after(pipe, adapter, scorer, validation, world, params.seed, logs)
@@ -150,8 +149,7 @@ def before_and_after(
     ]
     means = {"reward_base": change.reward_base, "reward_tuned": change.reward_tuned}
     write_json(means | {"prompts": rows}, folder / "before_after.json")
-    with whole_file(folder / "base_and_tuned.png") as partial:
-        partial.write_bytes(encode_png(side_by_side(base[:SIDE_BY_SIDE], tuned[:SIDE_BY_SIDE])))
+    write_bytes(encode_png(side_by_side(base[:SIDE_BY_SIDE], tuned[:SIDE_BY_SIDE])), folder / "base_and_tuned.png")
     return change
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dspo.data.records import HEADS
+from dspo.environment import device
 from dspo.evaluation.drift import drift_columns
 from dspo.evaluation.foreign.judge import JUDGES, ForeignJudge
-from dspo.reward.checkpoint import RewardScorer
+from dspo.params import EvaluateParams
+from dspo.reward.checkpoint import RewardScorer, load_reward
 from dspo.shapes.judging import judge_all
 from dspo.shapes.second import SecondJudge
 
@@ -33,7 +36,7 @@ class Judges:
     gold: bool
     second: SecondJudge | None
     batch_size: int
-    processes: int  # of the gold judge
+    processes: int  # of the gold judge; threads of the statistics
     foreign: tuple[ForeignJudge, ...] = ()  # published judges
 
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> dict[str, Array]:
@@ -48,12 +51,24 @@ class Judges:
             for i, head in enumerate(self.reward.heads)
             if head not in self.reward.untrained
         }
-        columns |= drift_columns(images)
+        columns |= drift_columns(images, self.processes)
         if self.gold:
             columns |= gold_columns(images, prompts, self.processes)
         if self.second:
             columns[SECOND] = np.asarray(self.second.score(images, prompts), dtype=np.float64)
         return columns | {judge.name: judge.score(images, prompts, self.batch_size) for judge in self.foreign}
+
+
+def load_judges(settings: EvaluateParams, reward: Path, second: Path | None, processes: int) -> Judges:
+    """The training reward and the judges that ``settings`` lists; ``second``: the second judge's folder."""
+    return Judges(
+        load_reward(reward, device()),
+        "gold" in settings.judges,
+        SecondJudge.load(second) if second and "second" in settings.judges else None,
+        settings.batch_size,
+        processes,
+        tuple(ForeignJudge(judge, device()) for judge in settings.foreign_judges),
+    )
 
 
 def gold_columns(images: Sequence[Image], prompts: Sequence[str], processes: int) -> dict[str, Array]:

@@ -1,26 +1,13 @@
 """The evaluation's figures as small CSV files, for `dvc plots` and for spreadsheets."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dspo.data.files import whole_file
+from dspo.data.csv_rows import write_csv
 from dspo.evaluation.compare import Figures, judge_columns
 from dspo.evaluation.paired import Images
 
 _RATE = ("win_rate", "low", "high", "tie_share", "win_rate_ties_half", "n_decided", "n_images", "n_prompts", "tau")
-
-
-def write_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], path: Path) -> None:
-    """Rows as CSV with a header, line feeds, floats in full; ``None`` is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with whole_file(path) as partial:
-        partial.write_bytes(text.getvalue().encode("utf-8"))
 
 
 def write_win_rates(comparisons: Mapping[str, Figures], path: Path) -> None:

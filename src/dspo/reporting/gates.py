@@ -5,6 +5,7 @@ names a figure that may miss its bound, but not this value.
 """
 
 import argparse
+import operator
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 from dspo.data.files import read_json
 from dspo.errors import UserError
+
+HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,20 @@ def gates(summary: Mapping[str, Any]) -> list[Gate]:
     rise = right["tuned"] - right["base"]
     hacks = [rates["gold"] for rates in evaluation["hacks"].values()]
     return [
-        at_least("gold win rate of tuned over base", gold["win_rate"], 0.70),
-        at_least("gold win rate, decided images", gold["n_decided"], 300),
-        above("gold win rate, lower end of its interval", gold["ci95"][0], 0.60),
-        at_least("fully right, tuned - base", rise, 0.05),
-        above("fully right, lower end of its interval", right["ci95"][0], 0.0),
+        held("gold win rate of tuned over base", gold["win_rate"], ">=", 0.70),
+        held("gold win rate, decided images", gold["n_decided"], ">=", 300),
+        held("gold win rate, lower end of its interval", gold["ci95"][0], ">", 0.60),
+        held("fully right, tuned - base", rise, ">=", 0.05),
+        held("fully right, lower end of its interval", right["ci95"][0], ">", 0.0),
         between("fully right, base at its best sampler", right["base"], 0.50, 0.75),
-        at_least("diversity among right images, tuned / base", evaluation["diversity_ratio"], 0.9),
-        at_most("gold win rate of a hack, the highest", highest(hack["win_rate"] for hack in hacks), 0.5),
-        below("gold win rate of a hack, highest upper end", highest(hack["ci95"][1] for hack in hacks), 0.55),
-        at_least("reward model, macro-F1", reward["macro_f1"], 0.8333),
-        at_least("reward model, share of the ceiling", share, 0.93),
+        held("diversity among right images, tuned / base", evaluation["diversity_ratio"], ">=", 0.9),
+        held("gold win rate of a hack, the highest", highest(hack["win_rate"] for hack in hacks), "<=", 0.5),
+        held("gold win rate of a hack, highest upper end", highest(hack["ci95"][1] for hack in hacks), "<", 0.55),
+        held("reward model, macro-F1", reward["macro_f1"], ">=", 0.8333),
+        held("reward model, share of the ceiling", share, ">=", 0.93),
         between("reward model, ceiling of the ratings", reward["ceiling"], 0.89, 0.91),
-        at_least("reward model, decided test pairs", reward["n_pairs"], 2000),
-        at_least("reward model, test prompts", reward["n_prompts"], 500),
+        held("reward model, decided test pairs", reward["n_pairs"], ">=", 2000),
+        held("reward model, test prompts", reward["n_prompts"], ">=", 500),
     ]
 
 
@@ -57,20 +60,8 @@ def highest(values: Iterable[float | None]) -> float | None:
     return max(known) if found and len(known) == len(found) else None
 
 
-def at_least(name: str, value: float | None, bound: float) -> Gate:
-    return Gate(name, value, f">= {bound:g}", value is not None and value >= bound)
-
-
-def above(name: str, value: float | None, bound: float) -> Gate:
-    return Gate(name, value, f"> {bound:g}", value is not None and value > bound)
-
-
-def at_most(name: str, value: float | None, bound: float) -> Gate:
-    return Gate(name, value, f"<= {bound:g}", value is not None and value <= bound)
-
-
-def below(name: str, value: float | None, bound: float) -> Gate:
-    return Gate(name, value, f"< {bound:g}", value is not None and value < bound)
+def held(name: str, value: float | None, sign: str, bound: float) -> Gate:
+    return Gate(name, value, f"{sign} {bound:g}", value is not None and HOLDS[sign](value, bound))
 
 
 def between(name: str, value: float | None, low: float, high: float) -> Gate:

@@ -10,10 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dspo.reporting import tables
-from dspo.reporting.pictures import Shown
-from dspo.reporting.tables import Table, interval, number
-
-Json = Mapping[str, Any]
+from dspo.reporting.tables import Json, interval, number
 
 
 def verdict(results: Json) -> str:
@@ -91,72 +88,9 @@ def _best_of_n(best: Json, judge: str) -> str:
     return f" The best of {best['n']} base images by the reward model beats base on {row['win_rate']:.1%}."
 
 
-def render_page(
-    *,
-    results: Json,
-    summary: Json,
-    pictures: Mapping[str, Sequence[Shown]],
-    judges: Sequence[str],
-    figures: Mapping[str, str],
-    reward: Json,
-    training: Json,
-    params: str,
-    hashes: Mapping[str, str],
-    studies: Sequence[Table],
-) -> str:
-    """The page's HTML. Texts are escaped; only ``figures``, our own SVG by name, is markup.
-
-    ``pictures``: heading -> image pairs; ``judges``: who gave their scores, in this order; ``reward``: report.json of
-    the reward model; ``training``: metrics.json of the training; ``params``: YAML; ``hashes``: input -> digest.
-    """
-    return render(
-        "page.html.j2",
-        title="DSPO report",
-        verdict=verdict(results),
-        results=results,
-        summary=summary,
-        pictures=pictures,
-        judges=judges,
-        figures={name: Markup(text) for name, text in figures.items()},  # noqa: S704  our own SVG
-        reward=reward,
-        training=training,
-        params=params,
-        hashes=hashes,
-        studies=studies,
-    )
-
-
-def render_comparison(
-    *,
-    results: Json,
-    names: tables.Names,
-    pictures: Mapping[str, Sequence[Shown]],
-    judges: Sequence[str],
-    figures: Mapping[str, str],
-    params: str,
-    inputs: Mapping[str, str],
-) -> str:
-    """The page of two adapters, of the same pieces. ``inputs``: what the names stand for -> its digest."""
-    rates = results["tuned_against_base"]["win_rates"]
-    return render(
-        "compare.html.j2",
-        title=f"{names[0]} against {names[1]}",
-        verdict=compared(results, names),
-        judge=main_judge(rates),
-        judge_name=judge_name(rates),
-        results=results,
-        names=names,
-        pictures=pictures,
-        judges=judges,
-        figures={name: Markup(text) for name, text in figures.items()},  # noqa: S704  our own SVG
-        params=params,
-        inputs=inputs,
-    )
-
-
-def render(template: str, **values: Any) -> str:
+def render(template: str, *, figures: Mapping[str, str], **values: Any) -> str:
     """A page of this folder's templates, with style and script in it. Its policy lets no other script run, and nothing
-    be fetched."""
+    be fetched. Texts are escaped; only ``figures``, our own SVG by name, is markup."""
     environment = Environment(
         loader=PackageLoader("dspo.reporting", "."),
         autoescape=True,
@@ -172,5 +106,6 @@ def render(template: str, **values: Any) -> str:
         style=Markup(style),  # noqa: S704  our own page.css
         script=Markup(script),  # noqa: S704  our own page.js
         script_hash=script_hash,
+        figures={name: Markup(text) for name, text in figures.items()},  # noqa: S704  our own SVG
         **values,
     )

@@ -1,11 +1,10 @@
 """One file of figures: the same numbers for people, programs and gates."""
 
-from collections.abc import Mapping
 from typing import Any
 
+from dspo.reporting.tables import Json
 from dspo.reward.judged import judged_part
 
-Json = Mapping[str, Any]
 SAME_RATINGS = ("n_pairs", "ceiling_macro_f1")
 
 

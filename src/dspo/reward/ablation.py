@@ -19,7 +19,6 @@ from dspo.reward.training import score_differences, train_reward
 
 LR_DIVISORS = (3, 1)  # of params' lr_heads
 FULL, PLAIN = "full model", "plain head"
-SPANS = (("macro_f1_low", "macro_f1_high"), ("difference_low", "difference_high"))
 
 
 @dataclass(frozen=True)
@@ -92,27 +91,3 @@ def ablation_report(trials: dict[str, list[Trial]], test: RatedPairs, seed: int)
         "n_prompts": metrics["n_prompts"],
         "rows": rows,
     }
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a table."""
-    lines = [
-        "# Ablation of the reward model",
-        "",
-        f"Macro-F1 on {report['n_pairs']} decided votes of single raters, {report['n_prompts']} test prompts; "
-        f"noise ceiling {_cell(report['ceiling_macro_f1'])}. Difference to the full model: paired, 95 % interval over "
-        f"prompts. Learning rate: the better of {len(LR_DIVISORS)} by validation likelihood, for every row. One seed.",
-        "",
-        "| variant | macro-F1 | 95 % interval | difference | 95 % interval | lr_heads |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in report["rows"].items():
-        spans = [f"{_cell(row[low])} to {_cell(row[high])}" for low, high in SPANS]
-        difference = "" if name == FULL else f"{row['difference_to_full']:+.4f}"
-        gap = "" if name == FULL else spans[1]
-        lines.append(f"| {name} | {_cell(row['macro_f1'])} | {spans[0]} | {difference} | {gap} | {row['lr_heads']:g} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"

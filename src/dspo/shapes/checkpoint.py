@@ -10,21 +10,17 @@ from typing import Any
 import torch
 
 
-def run_trainer(
-    doc: str | None, train: Callable[[Path, Path, int, int, float, int], None], steps: int, batch_size: int, lr: float
-) -> None:
-    """Read the command line and call ``train(work, output, steps, batch_size, lr, seed)``; numbers are the defaults."""
+def run_trainer(doc: str | None, train: Callable[..., None], *models: str) -> None:
+    """Read the folders from the command line and call ``train(*models, work, output)``."""
     parser = argparse.ArgumentParser(description=doc)
+    for name in models:
+        parser.add_argument(f"--{name}", type=Path, required=True, help="folder of that model")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--lr", type=float, default=lr)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.work.mkdir(parents=True, exist_ok=True)
-    train(args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
+    train(*(getattr(args, name) for name in models), args.work, args.output)
 
 
 def save_checkpoint(path: Path, step: int, **parts: Any) -> None:

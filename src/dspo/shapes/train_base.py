@@ -5,7 +5,6 @@ run again. The objective is SDXL's own: predict the noise, uniform timesteps, pr
 little noise weigh less (min-SNR).
 """
 
-import argparse
 import logging
 import math
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dspo.data.keys import keyed_rng, keyed_seed
 from dspo.progress import progress
-from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
+from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.grammar import random_request
 from dspo.shapes.render import SIDE
 from dspo.shapes.tokenizer import CONTEXT_LENGTH, new_tokenizer
@@ -150,7 +149,15 @@ def learning_rate_share(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(vae_folder: Path, work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+def train(
+    vae_folder: Path,
+    work: Path,
+    output: Path,
+    steps: int = 15_300,
+    batch_size: int = 64,
+    lr: float = 1.5e-3,
+    seed: int = 0,
+) -> None:
     torch.manual_seed(seed)
     pipe = new_pipeline(load_vae(vae_folder))
     latents, tokens = training_set(pipe, work / "latents.safetensors", seed)
@@ -199,20 +206,5 @@ def train(vae_folder: Path, work: Path, output: Path, steps: int, batch_size: in
     pipe.save_pretrained(output, safe_serialization=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=15_300)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args.vae, args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    run_trainer(__doc__, train, "vae")

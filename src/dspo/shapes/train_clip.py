@@ -12,7 +12,6 @@ each fault is (they are not saved): a hundred thousand pictures are too few for 
 from captions alone.
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -40,7 +39,7 @@ from dspo.diffusion.sampling import SampleRequest, sample
 from dspo.params import BaseModelParams, SamplerParams
 from dspo.progress import progress
 from dspo.shapes.analysis import Analysis
-from dspo.shapes.checkpoint import load_checkpoint, save_checkpoint
+from dspo.shapes.checkpoint import load_checkpoint, run_trainer, save_checkpoint
 from dspo.shapes.defects import Picture, spoil
 from dspo.shapes.described import caption, describe
 from dspo.shapes.grammar import Request, confused_request, random_request, wrong_request
@@ -277,7 +276,15 @@ def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor) 
     return loss, (logits.argmax(dim=1) == same).float().mean()
 
 
-def train(base: Path, work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+def train(
+    base: Path,
+    work: Path,
+    output: Path,
+    steps: int = 25_000,
+    batch_size: int = 160,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> None:
     torch.manual_seed(seed)
     data = pictures(base, work / "pictures.pt", seed)
     tokenizer = new_tokenizer(QUALITY_WORDS)
@@ -372,20 +379,5 @@ def save(model: nn.Module, output: Path) -> None:
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, output / "open_clip_model.safetensors")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="the base model whose samples are looked at too")
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=25_000)
-    parser.add_argument("--batch-size", type=int, default=160)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args.base, args.work, args.output, args.steps, args.batch_size, args.lr, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    run_trainer(__doc__, train, "base")

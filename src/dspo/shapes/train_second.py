@@ -66,7 +66,7 @@ def held_out(judge: SecondJudge, seed: int, pictures: int = 2000) -> dict[str, f
     return {"pictures": pictures, "answers": len(yes), "right": right, "always_yes": always_yes}
 
 
-def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+def train(work: Path, output: Path, steps: int = 3000, batch_size: int = 96, lr: float = 2e-3, seed: int = 0) -> None:
     torch.manual_seed(seed)
     judge = SecondJudge()
     probe = PatchProbe(CHANNELS)
@@ -97,4 +97,4 @@ def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=3000, batch_size=96, lr=2e-3)
+    run_trainer(__doc__, train)

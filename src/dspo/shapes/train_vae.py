@@ -68,7 +68,9 @@ def reconstruction_loss(decoded: Tensor, image: Tensor) -> Tensor:
     return (pixels + along_x.abs().mean() + along_y.abs().mean()) / weight.mean()
 
 
-def train(work: Path, output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+def train(
+    work: Path, output: Path, steps: int = 12_000, batch_size: int = 16, lr: float = 1.5e-3, seed: int = 0
+) -> None:
     torch.manual_seed(seed)
     vae = new_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -106,4 +108,4 @@ def measure_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    run_trainer(__doc__, train, steps=12_000, batch_size=16, lr=1.5e-3)
+    run_trainer(__doc__, train)

@@ -24,16 +24,13 @@ from dspo.errors import UserError
 from dspo.evaluation import compare
 from dspo.evaluation.compare import Comparison, Figures
 from dspo.evaluation.foreign import places
-from dspo.evaluation.foreign.judge import ForeignJudge
 from dspo.evaluation.hacks import HACKS, apply_hack
-from dspo.evaluation.judges import Judges
+from dspo.evaluation.judges import Judges, load_judges
 from dspo.evaluation.paired import Image, Images, Made, evaluation_requests, load_shards, sample_to_shards
 from dspo.evaluation.tables import write_deltas, write_win_rates
 from dspo.params import EvaluateParams, Params, load_params
 from dspo.preference.dora import check_base, load_adapter
-from dspo.reward.checkpoint import load_reward
 from dspo.shapes.grammar import check_readable, parse
-from dspo.shapes.second import SecondJudge
 from dspo.stages.runner import run
 from dspo.stages.shared import SharedScratch
 
@@ -55,21 +52,14 @@ def main(argv: list[str]) -> None:
 
     scratch = SharedScratch("evaluate", _what_decides(params), _inputs(args, params))
     _sample(params, prompts, args.adapter, scratch.path)
-    judges = Judges(
-        load_reward(args.reward, device()),
-        "gold" in settings.judges,
-        SecondJudge.load(args.second_judge) if "second" in settings.judges else None,
-        settings.batch_size,
-        processes(),
-        tuple(ForeignJudge(judge, device()) for judge in settings.foreign_judges),
-    )
+    judges = load_judges(settings, args.reward, args.second_judge, processes())
     sampled = {name: load_shards(scratch.path / name) for name in ("base", "tuned", "default")}
     plain = _some_seeds(sampled["base"], settings)
     hacked = {name: plain.with_images(_hacked(name, plain.images)) for name in HACKS}
-    judged = _judged(judges, sampled | hacked)
+    all_judged = judged(judges, sampled | hacked)
     if distributed.first():
-        figures = _figures(params, judged, train_prompts) | {"untrained_heads": judges.reward.untrained}
-        _write(figures, judged["base"], judged["tuned"], scratch.path / "output")
+        figures = _figures(params, all_judged, train_prompts) | {"untrained_heads": judges.reward.untrained}
+        _write(figures, all_judged["base"], all_judged["tuned"], scratch.path / "output")
     scratch.publish({"output": args.output})
 
 
@@ -116,7 +106,7 @@ def _hacked(name: str, images: Sequence[Image]) -> Sequence[Image]:
     return Made(len(images), lambda row: apply_hack(name, images[row]))
 
 
-def _judged(judges: Judges, groups: dict[str, Images]) -> dict[str, Images]:
+def judged(judges: Judges, groups: dict[str, Images]) -> dict[str, Images]:
     """Every group of images with its scores; all are judged in one go, each process judging its share."""
     places = [(group.images, row) for group in groups.values() for row in range(len(group.images))]
     captions = [caption for group in groups.values() for caption in group.captions]

@@ -22,7 +22,7 @@ from dspo.errors import UserError
 from dspo.params import Params, load_params
 from dspo.reporting import plots
 from dspo.reporting.card import Run, data_statement, model_card
-from dspo.reporting.page import main_judge, render_page
+from dspo.reporting.page import main_judge, render, verdict
 from dspo.reporting.pictures import choose, grid
 from dspo.reporting.studies import STUDIES, study_tables
 from dspo.reporting.summary import summarise
@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
     if "loss_seeds" in studies:
         figures["loss_seeds"] = plots.seeds_plot(studies["loss_seeds"])
     hashes = {str(path): digest(path) for path in inputs}
-    page = render_page(
+    page = render(
+        "page.html.j2",
+        title="DSPO report",
+        verdict=verdict(results),
         results=results,
         summary=summary,
         pictures=choose(base, tuned, judges, rates[judge]["tau"]),

@@ -4,7 +4,6 @@ python -m dspo.stages.train --params params.yaml --pairs data/pairs --reward mod
     --validation-prompts data/prompts/validation.csv --output models/adapter --log models/training
 """
 
-import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
 from dspo import distributed
-from dspo.data.files import whole_file, write_json
+from dspo.data.csv_rows import write_csv
+from dspo.data.files import write_json
 from dspo.data.prompts import Prompt, read_split
 from dspo.diffusion.base import load_pipeline, local_files
 from dspo.diffusion.sampling import SampleRequest, sample
@@ -23,7 +23,6 @@ from dspo.environment import device
 from dspo.errors import UserError
 from dspo.params import Params, load_params
 from dspo.preference.dataset import load_pairs
-from dspo.preference.diagnostics import Row
 from dspo.preference.dora import add_dora
 from dspo.preference.schedule import NoiseSchedule
 from dspo.preference.trainer import WATCHED, Trained, train
@@ -58,8 +57,7 @@ def main(argv: list[str]) -> None:
 
     if distributed.first():
         adapter.save(scratch.path / "adapter", world.base.model)
-        write_rows(trained.log, scratch.path / "training" / "log.csv")
-        write_rows(trained.epochs, scratch.path / "training" / "epochs.csv")
+        write_logs(trained, scratch.path / "training")
         write_json(metrics(trained, len(pairs), len(held_out)), scratch.path / "training" / "metrics.json")
     scratch.publish({"adapter": paths.output, "training": paths.log})
 
@@ -125,12 +123,10 @@ def metrics(trained: Trained, n_pairs: int, n_held_out: int) -> dict[str, float 
     }
 
 
-def write_rows(rows: list[Row], path: Path) -> None:
-    """CSV; a figure that was not measured is an empty cell."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_logs(trained: Trained, folder: Path) -> None:
+    """``log.csv``, a row per step, and ``epochs.csv``; a figure that was not measured is an empty cell."""
+    for name, rows in (("log", trained.log), ("epochs", trained.epochs)):
+        write_csv(rows, list(rows[0]), folder / f"{name}.csv")
 
 
 if __name__ == "__main__":

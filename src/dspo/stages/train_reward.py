@@ -1,8 +1,6 @@
 """Stage: train the reward model on the ratings and test it on the held-out ones."""
 
-import csv
-from pathlib import Path
-
+from dspo.data.csv_rows import write_csv
 from dspo.data.files import write_json
 from dspo.environment import device
 from dspo.params import load_params
@@ -38,15 +36,8 @@ def main(argv: list[str]) -> None:
     on_test = score_differences(model, stems["test"])
     report = reward_report(splits["test"], model.heads, on_test, zero_shot, temperatures, untrained, params.seed)
     write_json(report, output / "report.json")
-    write_curve(trained.curve, output / "curve.csv")
+    write_csv(trained.curve, list(trained.curve[0]), output / "curve.csv")
     scratch.publish({"reward": paths.output})
-
-
-def write_curve(curve: list[dict[str, float]], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(curve[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(curve)
 
 
 if __name__ == "__main__":

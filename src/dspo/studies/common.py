@@ -11,13 +11,11 @@ import dspo
 from dspo.data.files import read_json, write_json
 from dspo.data.keys import keyed_rng, prompt_id
 from dspo.data.prompts import Prompt
-from dspo.environment import device, scratch_root
+from dspo.environment import scratch_root
 from dspo.evaluation.judges import Judges
 from dspo.evaluation.paired import Images, evaluation_requests, load_shards, sample_to_shards
 from dspo.params import Params
-from dspo.reward.checkpoint import load_reward
 from dspo.shapes.grammar import random_prompt
-from dspo.shapes.second import SecondJudge
 from dspo.stages.atomic import fingerprint
 
 
@@ -31,17 +29,6 @@ def fresh_prompts(count: int, known: Iterable[str], seed: int, purpose: str) -> 
         if text not in taken:
             texts.add(text)
     return sorted((Prompt(prompt_id(text), text) for text in texts), key=lambda prompt: prompt.id)
-
-
-def load_judges(params: Params, reward: Path, second_judge: Path, processes: int) -> Judges:
-    """All judges of the world `shapes`; ``processes`` of the gold judge."""
-    return Judges(
-        load_reward(reward, device()),
-        gold=True,
-        second=SecondJudge.load(second_judge),
-        batch_size=params.active.evaluate.batch_size,
-        processes=processes,
-    )
 
 
 def judged_samples(

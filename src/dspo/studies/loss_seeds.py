@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from dspo.data.csv_rows import write_csv
 from dspo.data.files import whole_file
 from dspo.data.keys import keyed_seed
 from dspo.data.records import GOLD
 from dspo.evaluation.judges import FULLY_RIGHT, SECOND
 from dspo.evaluation.statistics import head_to_head, win_rate
-from dspo.evaluation.tables import write_csv
 from dspo.params import Params, load_params
 from dspo.reporting.plots import save_png, seeds_plot
 from dspo.reporting.studies import write_study

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dspo.data.csv_rows import write_csv
 from dspo.data.images import write_table
 from dspo.data.keys import keyed_seed, keyed_uniform
 from dspo.data.prompts import read_prompts
@@ -26,7 +27,6 @@ from dspo.environment import device
 from dspo.evaluation.compare import over_optimised, worse
 from dspo.evaluation.judges import SECOND, Judges
 from dspo.evaluation.statistics import win_rate
-from dspo.evaluation.tables import write_csv
 from dspo.params import LossName, Params, load_params
 from dspo.preference.dataset import Pairs, load_pairs
 from dspo.preference.scoring import write_pairs
@@ -99,7 +99,8 @@ def main(argv: list[str]) -> None:
             "images_per_prompt": args.images,
             "counts": args.counts,
             "wrong_taste": args.taste,
-            "strength": "times train.lr",
+            "lr": LR,
+            "strength": "times lr",
         },
         "rows": rows,
         "detector_fires_on": [row_name(row) for row in rows if row["over_optimised"]],

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dspo.data.files import whole_file, write_json
+from dspo.data.files import whole_file
 from dspo.environment import device
 from dspo.params import RewardParams, load_params
-from dspo.reward.ablation import LR_DIVISORS, Trial, ablation_report, markdown, run_trial, variants
+from dspo.reporting.studies import write_study
+from dspo.reward.ablation import LR_DIVISORS, Trial, ablation_report, run_trial, variants
 from dspo.reward.backbone import local_files, weights_sha256
 from dspo.reward.dataset import Stems, read_ratings
 from dspo.reward.model import build_model
@@ -37,8 +38,7 @@ def main(argv: list[str]) -> None:
             for divisor in LR_DIVISORS
         ]
     report = {"backbone_sha256": weights_sha256(backbone.clip), **ablation_report(trials, splits["test"], params.seed)}
-    write_json(report, scratch.path / "ablation.json")
-    (scratch.path / "ablation.md").write_text(markdown(report), encoding="utf-8")
+    write_study("ablation", report, scratch.path)
     scratch.publish({name: paths.output / name for name in ("ablation.json", "ablation.md")})
 
 

@@ -4,9 +4,9 @@ Pages show ``SAMPLE_GRID`` by the server's own address of a run's artifact, rela
 under any host name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from dspo.reporting.tables import JUDGES, interval, number
+from dspo.reporting.tables import JUDGES, Table, interval, markdown, number
 from dspo.tracking.champion import CHAMPION, model_name
 from dspo.tracking.record import EVALUATE, EXPERIMENT_NAME, RunRecord
 
@@ -62,18 +62,19 @@ def _figures(record: RunRecord) -> str:
     """Tuned against base, on held-out prompts, from the same noise."""
     metrics = record.metrics(EVALUATE)
     rows = [
-        (f"win rate over base, {words}", *_estimate(metrics, f"{WIN_RATES}.{judge}", "win_rate"))
+        [f"win rate over base, {words}", *_estimate(metrics, f"{WIN_RATES}.{judge}", "win_rate")]
         for judge, words in JUDGES.items()
         if f"{WIN_RATES}.{judge}.win_rate" in metrics
     ]
     if f"{RIGHT}.difference.value" in metrics:
         base, tuned = (number(metrics[f"{RIGHT}.{name}.value"]) for name in ("base", "tuned"))
-        rows.append((f"fully right images ({base} to {tuned}), rise", *_estimate(metrics, f"{RIGHT}.difference")))
+        rows.append([f"fully right images ({base} to {tuned}), rise", *_estimate(metrics, f"{RIGHT}.difference")])
     if not rows:
         return "No judge gave figures."
     decided = metrics.get(f"{WIN_RATES}.gold_overall.n_decided")
     note = "" if decided is None else f" The gold judge decided {decided:.0f} images."
-    return _table(("figure", "value", "95 % interval"), rows) + f"\n\nOn held-out prompts, from the same noise.{note}"
+    note = f"On held-out prompts, from the same noise.{note}"
+    return markdown(Table("", ("figure", "value", "95 % interval"), rows, note))
 
 
 def _estimate(metrics: Mapping[str, float], key: str, value: str = "value") -> tuple[str, str]:
@@ -88,12 +89,12 @@ def _grid(run: str) -> str:
 def _hashes(record: RunRecord) -> str:
     tags = record.tags
     rows = [
-        ("Git commit", f"`{tags['git.commit']}`" + (", with changes" if tags["git.dirty"] == "true" else "")),
-        ("adapter, DVC's md5", f"`{record.adapter_md5}`"),
-        ("dvc.lock, md5", f"`{tags['dvc.lock_md5']}`"),
-        ("params.yaml, md5", f"`{tags['dvc.params_md5']}`"),
+        ["Git commit", f"`{tags['git.commit']}`" + (", with changes" if tags["git.dirty"] == "true" else "")],
+        ["adapter, DVC's md5", f"`{record.adapter_md5}`"],
+        ["dvc.lock, md5", f"`{tags['dvc.lock_md5']}`"],
+        ["params.yaml, md5", f"`{tags['dvc.params_md5']}`"],
     ]
-    return _table(("what", "hash"), rows)
+    return markdown(Table("", ("what", "hash"), rows))
 
 
 def _load(record: RunRecord) -> str:
@@ -119,8 +120,3 @@ def _pipeline(record: RunRecord) -> str:
     vae = "" if base["vae"] is None else f", with the VAE `{base['vae']}`"
     files = "" if base["variant"] is None else f" from the files `{base['variant']}`"
     return f"`{base['model']}`{files} in {base['dtype']}{vae}, sampled by `{record.sampler.scheduler}`"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

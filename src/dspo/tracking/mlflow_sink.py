@@ -7,19 +7,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as MlflowDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from dspo.data.parts import in_parts
 from dspo.tracking.description import NOTE, SAMPLE_GRID, describe_experiment, describe_run, run_name
 from dspo.tracking.record import LAST, Dataset, RunRecord, Series, StageRecord
 from dspo.tracking.registry import register, version_of
 from dspo.tracking.server import ARTIFACTS, connect, patience
 
-Item = TypeVar("Item")
 EXPERIMENT = "dspo"
 KEY, CONTENT, COMPLETE = "dspo.key", "dspo.content", "dspo.complete"
 GRID = f"{LAST}/grid.png"
@@ -124,9 +123,9 @@ class MlflowSink:
         now = int(time.time() * 1000)
         points = [(key, 0, value) for key, value in metrics.items()]
         points += [(key, step, value) for key, curve in series.items() for step, value in curve]
-        for batch in _batches([Param(key, value[:LONGEST_PARAM]) for key, value in params.items()], PARAMS_PER_CALL):
+        for batch in in_parts([Param(key, value[:LONGEST_PARAM]) for key, value in params.items()], PARAMS_PER_CALL):
             self._client.log_batch(run, params=batch)
-        for batch in _batches([Metric(_name(key), value, now, step) for key, step, value in points], METRICS_PER_CALL):
+        for batch in in_parts([Metric(_name(key), value, now, step) for key, step, value in points], METRICS_PER_CALL):
             self._client.log_batch(run, metrics=batch)
 
     def _runs(self, experiment: str, tags: Mapping[str, str]) -> Iterator[Run]:
@@ -153,7 +152,3 @@ class MlflowSink:
 def _name(key: str) -> str:
     """A metric's name in the characters that MLflow allows."""
     return re.sub(r"[^\w\-. :/]", "_", key)
-
-
-def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
