@@ -1,10 +1,11 @@
 import io
+import struct
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from dspo.data.files import read_json, write_json
 from dspo.data.images import decode_image, encode_png, read_shards, read_table, table_writer, write_table
@@ -18,15 +19,49 @@ def test_png_is_exact_and_deterministic():
     assert np.array_equal(decode_image(encode_png(IMAGE), "here"), IMAGE)
 
 
-def test_images_are_read_as_people_see_them():
-    turned, grey = io.BytesIO(), io.BytesIO()
+def saved(image, codec, **options):
+    file = io.BytesIO()
+    image.save(file, codec, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("codec", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_pillow_turns_them(codec, orientation):
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise by whoever shows it
-    Image.fromarray(IMAGE).save(turned, "PNG", exif=exif)
-    assert np.array_equal(decode_image(turned.getvalue(), "here"), np.rot90(IMAGE, -1))
-    Image.fromarray(np.full((8, 6), 30000, np.uint16)).save(grey, "PNG")
-    with pytest.raises(UserError, match=r"here: the image does not decode \(16 bits per channel"):
-        decode_image(grey.getvalue(), "here")
+    exif[ExifTags.Base.Orientation] = orientation
+    data = saved(Image.fromarray(IMAGE), codec, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode_image(data, "here"), np.asarray(expected))
+
+
+def test_an_odd_tag_beside_the_orientation_costs_nothing():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.Orientation] = "maker", 6
+    odd = exif.tobytes().replace(b"\x01\x0f", b"\x01\x29")  # a text as the page number
+    data = saved(Image.fromarray(IMAGE), "PNG", exif=odd)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode_image(data, "here"), np.rot90(IMAGE, -1))
+
+
+def test_what_is_transparent_is_on_white():
+    coloured = Image.fromarray(np.concatenate([IMAGE, np.full((8, 6, 1), 255, np.uint8)], axis=2))
+    coloured.putpixel((0, 0), (255, 0, 0, 0))
+    indexed = Image.fromarray(np.zeros((8, 6), np.uint8), "P")
+    indexed.putpalette([255, 0, 0])
+    seen = decode_image(saved(coloured, "PNG"), "here")
+    assert seen[0, 0].tolist() == [255, 255, 255]
+    assert np.array_equal(seen[1:], IMAGE[1:])
+    assert (decode_image(saved(indexed, "PNG", transparency=0), "here") == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "codec"), [(np.full((8, 6), 30000, np.uint16), "PNG"), (np.ones((8, 6), np.float32), "TIFF")]
+)
+def test_a_single_channel_of_more_than_8_bits_is_refused(pixels, codec):
+    with pytest.raises(UserError, match=r"here: the image does not decode \(more than 8 bits per channel"):
+        decode_image(saved(Image.fromarray(pixels), codec), "here")
 
 
 def test_a_damaged_image_of_any_codec_is_one_error():

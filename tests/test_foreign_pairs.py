@@ -110,10 +110,15 @@ def as_shards(path, pairs):
         rows.append((prompt, *sides, float(first), float(not first)))
     rows.insert(2, ("a tie", *rows[0][1:3], 0.5, 0.5))
     rows.append(rows[1])
+    rows.append(("an image against itself", rows[0][1], rows[0][1], 1.0, 0.0))
     path.mkdir()
     names = ["caption", "jpg_0", "jpg_1", "label_0", "label_1"]
     for number, part in enumerate((rows[:4], rows[4:])):
-        pd.DataFrame(part, columns=names).to_parquet(path / f"{number}.parquet")
+        frame = pd.DataFrame(part, columns=names)
+        if number:  # as the package `datasets` writes images
+            for side in ("jpg_0", "jpg_1"):
+                frame[side] = [{"bytes": data, "path": None} for data in frame[side]]
+        frame.to_parquet(path / f"{number}.parquet")
     return path
 
 
@@ -137,7 +142,7 @@ def test_three_forms_of_the_same_pairs_give_the_same_bytes(folder):
         "summary.json", "text", "train.parquet", "validation.parquet",
     ]  # fmt: skip
     left_out = [json.loads((output / "summary.json").read_text())["left_out"] for output in outputs]
-    assert [(one["ties"], one["repeated"]) for one in left_out] == [(0, 0), (0, 0), (1, 1)]
+    assert [(one["ties"], one["repeated"]) for one in left_out] == [(0, 0), (0, 0), (1, 2)]
 
 
 def test_rows(folder, models):
@@ -305,6 +310,13 @@ def test_the_evaluations_prompts_are_left_out(folder):
     assert {f"prompt {n}" for n in range(COUNT)} - set(rows["caption"].to_pylist()) == judged
     assert json.loads((output / "summary.json").read_text())["left_out"]["test_prompts"] == len(judged)
     assert "none.csv: no such file" in bring(source, "pairs", "--prompts", "none.csv", code=2)
+
+
+def test_what_the_base_lacks_is_said_before_anything_is_read(folder, models):
+    shutil.copytree(models / "base", folder / "half")
+    (folder / "half" / "text_encoder" / "model.safetensors").unlink()
+    said = bring(as_folder(folder / "set", sample_pairs()), "pairs", "--model-name", "half", code=2)
+    assert "weights are missing" in said and "text_encoder/model.safetensors" in said
 
 
 def test_resolution_of_the_params(folder):

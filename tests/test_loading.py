@@ -202,6 +202,15 @@ def test_sdxl_as_the_hub_has_it(hub: Path) -> None:
         load_pipeline(base, CPU)
 
 
+def test_a_base_without_the_variant_says_so(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    base = base_params(model=str(tmp_path), variant="fp16")
+    (absent,) = files.missing(base)
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in absent.what
+    assert absent.remedy == "set base.variant to null: its weights are there without a variant"
+    assert files.missing(base.model_copy(update={"variant": None})) == []
+
+
 def test_what_the_shipped_sdxl_lacks_without_a_network(hub: Path) -> None:
     model, vae = files.missing(SHIPPED.base)
     assert model.remedy == (

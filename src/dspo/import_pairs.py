@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from dspo.data.hub import require
 from dspo.data.prompts import read_prompts
 from dspo.data.readers import read_comparisons
 from dspo.data.splits import split_of
+from dspo.diffusion import files
 from dspo.diffusion.base import local_files
 from dspo.environment import device
 from dspo.errors import UserError
@@ -28,6 +30,7 @@ def import_pairs(
     """
     _check_replaceable(output, source)
     world = params.active
+    require(files.missing(world.base), "base")
     held_back = _test_prompts(prompts, params)
     settings = {
         "seed": params.seed,

@@ -5,9 +5,8 @@ python -m dspo.weights --params params.yaml
 
 from pathlib import Path
 
-from dspo.data.hub import Missing
+from dspo.data.hub import Missing, require
 from dspo.diffusion import files
-from dspo.errors import UserError
 from dspo.evaluation.foreign import places
 from dspo.params import RewardParams, World, load_params
 from dspo.stages.runner import arguments, run
@@ -16,10 +15,7 @@ from dspo.stages.runner import arguments, run
 def main(argv: list[str]) -> None:
     """Raises :class:`UserError` that names all that is missing, each with its remedy."""
     params = load_params(arguments(__doc__, argv).params)
-    absent = missing(params.active)
-    if absent:
-        first = f"world {params.world}: weights are missing. Get them once, with a network:"
-        raise UserError("\n".join([first, *(line for one in absent for line in (one.what, f"    {one.remedy}"))]))
+    require(missing(params.active), f"world {params.world}")
 
 
 def missing(world: World) -> list[Missing]:

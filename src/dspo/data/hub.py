@@ -7,11 +7,20 @@ from shlex import quote
 
 from huggingface_hub import try_to_load_from_cache
 
+from dspo.errors import UserError
+
 
 @dataclass(frozen=True)
 class Missing:
     what: str
     remedy: str  # the command that gets it, where there is one
+
+
+def require(absent: Sequence[Missing], of: str) -> None:
+    """Raise :class:`UserError` that names all that is missing, each with its remedy."""
+    if absent:
+        lines = [line for one in absent for line in (one.what, f"    {one.remedy}")]
+        raise UserError("\n".join([f"{of}: weights are missing. Get them once, with a network:", *lines]))
 
 
 def is_local(place: str, revision: str | None) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dspo.data.files import COMES_FROM, whole_file
 from dspo.errors import UserError
@@ -17,6 +17,17 @@ from dspo.errors import UserError
 Pixels = NDArray[np.uint8]
 
 ROWS_PER_GROUP = 128
+
+Turn = Image.Transpose
+TURNS: dict[object, Image.Transpose] = {  # by EXIF orientation
+    2: Turn.FLIP_LEFT_RIGHT,
+    3: Turn.ROTATE_180,
+    4: Turn.FLIP_TOP_BOTTOM,
+    5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE,
+    8: Turn.ROTATE_90,
+}
 
 
 def encode_png(image: Pixels) -> bytes:
@@ -27,16 +38,23 @@ def encode_png(image: Pixels) -> bytes:
 
 
 def decode_image(data: bytes, where: str) -> Pixels:
-    """Bytes of any codec -> uint8 RGB [height, width, 3], turned as its EXIF orientation says.
+    """Bytes of any codec -> uint8 RGB [height, width, 3], turned as its EXIF orientation says, on white where it is
+    transparent.
 
     Raises :class:`UserError` that begins with ``where``.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I"):  # Pillow would cut off what is brighter than 255
-                raise ValueError("16 bits per channel; save it with 8")
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(image.convert("RGB"))
+            if image.mode[0] in "IF":  # Pillow would cut off what is brighter than 255
+                raise ValueError("more than 8 bits per channel; save it with 8")
+            image.load()  # of TIFF this turns the image, and forgets the orientation
+            # Not by ImageOps.exif_transpose: it writes all of EXIF anew, and fails where any other tag is odd.
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            turned = image if turn is None else image.transpose(turn)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", turned.size, "white")
+                turned = Image.alpha_composite(white, turned.convert("RGBA"))
+            return np.asarray(turned.convert("RGB"))
     except (OSError, RuntimeError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{where}: the image does not decode ({why}). Replace or remove it, then run again.") from None

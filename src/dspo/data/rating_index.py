@@ -28,12 +28,16 @@ class RatingIndex:
         self._database.close()
 
     def add(self, rating: dict[str, Any], split: str) -> bool:
-        """Remember a row of the ratings table. False if the pair was there before, with whatever label."""
+        """Remember a row of the ratings table. False if the pair was there before, with whatever label, or is one of an
+        image with itself."""
+        images = image_key(rating["jpg_0"]), image_key(rating["jpg_1"])
+        if images[0] == images[1]:
+            return False
         values = (rating["pair_id"], SPLITS.index(split), rating["prompt_id"], rating["label_0"])
         if not self._database.execute("INSERT OR IGNORE INTO pair VALUES (?, ?, ?, ?)", values).rowcount:
             return False
         spelling = " ".join(rating["caption"].casefold().split())
-        keys = [image_key(rating["jpg_0"]), image_key(rating["jpg_1"]), hashlib.sha256(spelling.encode()).hexdigest()]
+        keys = [*images, hashlib.sha256(spelling.encode()).hexdigest()]
         self._database.executemany("INSERT INTO content VALUES (?, ?)", [(rating["pair_id"], key) for key in keys])
         return True
 

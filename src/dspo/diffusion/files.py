@@ -38,6 +38,8 @@ def missing(base: BaseModelParams) -> list[Missing]:
     else:
         weights = [name for part, name in weight_files(base.variant).items() if base.vae is None or part != "vae"]
         absent = _missing(base.model, base.revision, [*_CONFIGS, *weights], patterns(base.variant))
+        if absent and base.variant and not missing(base.model_copy(update={"variant": None})):
+            absent = [Missing(absent[0].what, "set base.variant to null: its weights are there without a variant")]
     if base.vae is not None:
         absent += _missing(base.vae, base.vae_revision, VAE_FILES, VAE_FILES)
     return absent

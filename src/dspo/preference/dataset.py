@@ -1,6 +1,5 @@
 """The scored pairs as tensors, and the keyed draws that make training batches of them."""
 
-import math
 import mmap
 import tempfile
 from collections import defaultdict
@@ -37,7 +36,9 @@ class Pairs:
     """n pairs on the CPU, in the order of the file."""
 
     ids: list[str]
-    latents_w: Tensor  # [n, 4, h, w] float16, in the UNet's scaled space; of load_pairs: on disk, read when used
+    # [n, 4, h, w] float16, in the UNet's scaled space; of load_pairs: on disk, read when used. Of several sizes
+    # [n, 4, 1, pixels of the largest]: the rows of each latent one after another, and zeros after them.
+    latents_w: Tensor
     latents_l: Tensor
     weight: Tensor  # [n] float32: of the prompt
     delta: Tensor  # [n] float32: difference of the calibrated rewards
@@ -45,7 +46,7 @@ class Pairs:
     text_row: Tensor  # [n] int64: row of the prompt in embeds and pooled
     embeds: Sequence[Tensor]  # m + 1 of [L, C], the last of the empty prompt; of load_pairs: on disk, read when used
     pooled: Sequence[Tensor]  # m + 1 of [P]
-    latent_sizes: Tensor | None = None  # [n, 2] int64: a pair's own h and w, all beyond is padding; None: no padding
+    latent_sizes: Tensor | None = None  # [n, 2] int64: a pair's own h and w; None: all have those of latents_w
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -216,8 +217,10 @@ def make_batch(
     t = on_device(torch.tensor([draw.t for draw in draws]), device)
     dropped = torch.tensor([draw.drop_prompt for draw in draws])
     text = torch.where(dropped, len(pairs.embeds) - 1, pairs.text_row[rows]).tolist()
-    winner = on_device(pairs.latents_w[rows, :, :h, :w], device).float()
-    loser = on_device(pairs.latents_l[rows, :, :h, :w], device).float()
+    winner, loser = (
+        on_device(latents[rows].flatten(2)[:, :, : h * w].reshape(-1, *shape), device).float()
+        for latents in (pairs.latents_w, pairs.latents_l)
+    )
     return Batch(
         noisy_w=schedule.add_noise(winner, noise, t).to(dtype),
         noisy_l=schedule.add_noise(loser, noise, t).to(dtype),
@@ -253,36 +256,35 @@ def _load_text(folder: Path) -> dict[str, Tensor]:
 
 
 def _latents(file: pq.ParquetFile, column: str, sizes: Tensor, path: Path) -> Tensor:
-    """[n, 4, h, w] float16 from bytes; zeros fill up what is smaller than the largest h and w.
+    """float16 from bytes, as :class:`Pairs` has them.
 
     They are copied to a file that is mapped into memory, has no name and goes with the tensor: a public set's latents,
     0.3 MB a pair at 1024 px, are more than memory holds. Raises :class:`UserError` for latents of another size, that
     are no numbers, or that the disk has no room for.
     """
-    high, wide = sizes.amax(0).tolist()
+    pixels = int(sizes.prod(1).max())
+    shape = sizes[0].tolist() if (sizes == sizes[0]).all() else (1, pixels)
     batches = file.iter_batches(ROWS_PER_GROUP, columns=[column])
     rows = (data for batch in batches for data in batch[column].to_pylist())
     scratch = scratch_root()
     scratch.mkdir(parents=True, exist_ok=True)
     with disk_errors(scratch), tempfile.TemporaryFile(dir=scratch) as copy:
         for row, (data, (h, w)) in enumerate(zip(rows, sizes.tolist(), strict=True), start=1):
-            latent = _latent(data, h, w, f"{path}, row {row}: {column}")
-            copy.write(np.pad(latent, ((0, 0), (0, high - h), (0, wide - w))).tobytes())
+            latent = _latent(data, h * w, f"{path}, row {row}: {column}")
+            copy.write(np.pad(latent, ((0, 0), (0, pixels - h * w))).tobytes())
         copy.flush()
         mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapped, dtype=torch.float16).view(len(sizes), LATENT_CHANNELS, high, wide)
+    return torch.frombuffer(mapped, dtype=torch.float16).view(len(sizes), LATENT_CHANNELS, *shape)
 
 
-def _latent(data: bytes, h: int, w: int, where: str) -> NDArray[np.float16]:
+def _latent(data: bytes, pixels: int, where: str) -> NDArray[np.float16]:
+    """[4, pixels]"""
     latent = np.frombuffer(data, dtype="<f2")
-    shape = (LATENT_CHANNELS, h, w)
-    if latent.size != math.prod(shape):
-        raise UserError(
-            f"{where} does not have the size that latent_shape {list(shape)} says; run the stage score again"
-        )
+    if latent.size != LATENT_CHANNELS * pixels:
+        raise UserError(f"{where} does not have the size that latent_shape says; run the stage score again")
     if not np.isfinite(latent).all():
         raise UserError(
             f"{where} holds values that are no numbers: the base model overflowed. "
             "Set base.dtype to float32, or base.vae to one that is safe in 16 bits, and make the pairs again."
         )
-    return latent.reshape(shape)
+    return latent.reshape(LATENT_CHANNELS, pixels)

@@ -107,7 +107,7 @@ def _decided(comparisons: Iterable[Comparison], test_prompts: Set[str], counts: 
             counts["test_prompts"] += 1
         elif comparison.label == 0.5:
             counts["ties"] += 1
-        elif comparison.pair_id in seen:
+        elif comparison.pair_id in seen or comparison.images[0] == comparison.images[1]:
             counts["repeated"] += 1
         else:
             seen.add(comparison.pair_id)

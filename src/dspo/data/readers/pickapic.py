@@ -39,5 +39,10 @@ def _comparison(numbered: tuple[str, dict[str, Any]]) -> Comparison:
     prompt, label = checked_prompt(row["caption"], where), row["label_0"]
     if label not in (0.0, 0.5, 1.0) or row["label_1"] != 1 - label:
         raise UserError(f"{where}: labels {label} and {row['label_1']}; expected 1 and 0, 0 and 1, or 0.5 and 0.5")
-    first, second = (checked_image(row[name], f"{where}, {name}") for name in ("jpg_0", "jpg_1"))
+    first, second = (checked_image(_bytes(row[name]), f"{where}, {name}") for name in ("jpg_0", "jpg_1"))
     return Comparison(where, prompt, (first, second), {"overall": label})
+
+
+def _bytes(cell: Any) -> Any:
+    """Of a shard that `datasets` wrote anew, whose images are {"bytes": …, "path": …}."""
+    return cell.get("bytes") if isinstance(cell, dict) else cell

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+from dspo.data import hub
 from dspo.data.hub import Missing, fetch, find
 from dspo.errors import UserError
 from dspo.params import AestheticsParams, ForeignJudgeParams, ImageRewardParams, PickScoreParams, Place
@@ -62,10 +63,7 @@ def missing(judge: ForeignJudgeParams) -> list[Missing]:
 
 def require(judges: Sequence[ForeignJudgeParams]) -> None:
     """Raise :class:`UserError` that names everything that is missing of all judges, with the commands that get it."""
-    absent = [one for judge in judges for one in missing(judge)]
-    if absent:
-        lines = [line for one in absent for line in (one.what, f"    {one.remedy}")]
-        raise UserError("\n".join(["evaluate.judges: weights are missing. Get them once, with a network:", *lines]))
+    hub.require([one for judge in judges for one in missing(judge)], "evaluate.judges")
 
 
 def local_files(judges: Sequence[ForeignJudgeParams]) -> list[Path]:
