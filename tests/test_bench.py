@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dspo.diffusion.compiled import compile_blocks
+from dspo.estimate import META, fused_attention
 from dspo.params import TrainParams
 from dspo.preference.method import prepare
 
@@ -192,3 +193,41 @@ def test_what_a_gpu_compiles_is_compiled_once_and_leaves_the_pipeline_alone(monk
     assert compiled[0] < compiled[1] == compiled[2] < compiled[3]
     assert counted["stats"]["unique_graphs"] == compiled[3]
     assert [(p.data_ptr(), p.stride()) for p in pipe.unet.parameters()] == before
+
+
+@torch.no_grad()
+def flops(run: Callable[[], object]) -> int:
+    from bench.measure import Flops
+
+    with fused_attention(), Flops() as counted:
+        run()
+    return counted.total
+
+
+@pytest.mark.parametrize(("name", "column"), [("full", 0), ("small", 1)])
+def test_the_documents_table_of_sizes(name: str, column: int) -> None:
+    """Of the real networks on the meta device: one image's forward pass, and what the stock recipe encodes."""
+    from bench.models import SIZES
+    from tools.random_sdxl import builders
+
+    side = SIZES[name].resolution
+    with META:
+        parts = {part: build().eval() for part, build in builders(name).items()}
+        unet, config = parts["unet"], parts["unet"].config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        noisy, t = torch.empty(1, 4, side // 8, side // 8), torch.empty(1)
+        text, ids = torch.empty(1, 77, config.cross_attention_dim), torch.zeros(1, 77, dtype=torch.int64)
+        image = torch.empty(1, 3, side, side)
+    forward = flops(lambda: unet(noisy, t, encoder_hidden_states=text, added_cond_kwargs=added))
+    encoded = flops(lambda: parts["vae"].encode(image))
+    read = sum(flops(lambda part=part: parts[part](ids)) for part in ("text_encoder", "text_encoder_2"))
+    counted = {
+        "UNet forward, one image": f"{forward / 1e9:,.{0 if forward > 1e12 else 2}f} G",
+        "VAE encoding, against it": f"{encoded / forward:.2f}",
+        "text encoders, against it": f"{read / forward:.2g}",
+        "parameters of the UNet": f"{sum(p.numel() for p in unet.parameters()) / 1e6:,.0f} M",
+    }
+    lines = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8").splitlines()
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert {row[0]: row[1 + column] for row in rows if row[0] in counted} == counted
