@@ -18,12 +18,11 @@ from dspo.diffusion.base import load_pipeline, local_files
 from dspo.environment import device, processes
 from dspo.evaluation import compare
 from dspo.evaluation.compare import Comparison
-from dspo.evaluation.judges import load_judges
 from dspo.params import load_params
 from dspo.preference.dora import load_adapter
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import run
-from dspo.studies.common import fresh_prompts, judged_samples
+from dspo.studies.common import fresh_prompts, judged_samples, judges_of_shapes
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> None:
         "seed": seed,
     }
     scratch = open_scratch("audit", what_decides, inputs)
-    judges = load_judges(params.active.evaluate, args.reward, args.second_judge, processes())
+    judges = judges_of_shapes(params, args.reward, args.second_judge, processes())
     noise_seed = keyed_seed(seed, "audit")
     pipe = load_pipeline(params.active.base, device())
     base = judged_samples(pipe, prompts, args.seeds, noise_seed, params, judges, scratch.path / "base")

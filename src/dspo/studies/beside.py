@@ -21,13 +21,13 @@ from dspo.data.prompts import read_prompts
 from dspo.data.records import GOLD, PROXY
 from dspo.diffusion.base import local_files
 from dspo.environment import processes
-from dspo.evaluation.judges import FULLY_RIGHT, load_judges
+from dspo.evaluation.judges import FULLY_RIGHT
 from dspo.evaluation.statistics import mean, win_rate
 from dspo.params import Params, load_params
 from dspo.preference.dataset import load_pairs
 from dspo.reporting.studies import write_study
 from dspo.stages.runner import run
-from dspo.studies.common import fresh_prompts, study_folder
+from dspo.studies.common import fresh_prompts, judges_of_shapes, study_folder
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials, equal_steps, first_pairs
 
 PAIR_COUNTS = (100, 200, 400, 800)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     pairs, held_out = load_pairs(args.pairs)
     some = {str(count): first_pairs(pairs, count) for count in PAIR_COUNTS if count < len(pairs)}
     sets = {name: (part, held_out) for name, part in (some | {"reward": pairs}).items()}
-    judges = load_judges(params.active.evaluate, args.reward, args.second_judge, processes())
+    judges = judges_of_shapes(params, args.reward, args.second_judge, processes())
     trials = Trials(params, judges, sets, folder)
 
     report = {

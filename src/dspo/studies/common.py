@@ -12,7 +12,7 @@ from dspo.data.files import read_json, write_json
 from dspo.data.keys import keyed_rng, prompt_id
 from dspo.data.prompts import Prompt
 from dspo.environment import scratch_root
-from dspo.evaluation.judges import Judges
+from dspo.evaluation.judges import Judges, load_judges
 from dspo.evaluation.paired import Images, evaluation_requests, load_shards, sample_to_shards
 from dspo.params import Params
 from dspo.shapes.grammar import random_prompt
@@ -29,6 +29,12 @@ def fresh_prompts(count: int, known: Iterable[str], seed: int, purpose: str) -> 
         if text not in taken:
             texts.add(text)
     return sorted((Prompt(prompt_id(text), text) for text in texts), key=lambda prompt: prompt.id)
+
+
+def judges_of_shapes(params: Params, reward: Path, second_judge: Path, processes: int) -> Judges:
+    """Both judges of the world `shapes`, whichever ``evaluate.judges`` lists; ``processes`` of the gold judge."""
+    settings = params.active.evaluate.model_copy(update={"judges": ["gold", "second"]})
+    return load_judges(settings, reward, second_judge, processes)
 
 
 def judged_samples(

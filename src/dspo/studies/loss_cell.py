@@ -21,12 +21,12 @@ from dspo.data.prompts import read_prompts
 from dspo.data.records import GOLD, PROXY
 from dspo.diffusion.base import local_files
 from dspo.errors import UserError
-from dspo.evaluation.judges import FULLY_RIGHT, SECOND, load_judges
+from dspo.evaluation.judges import FULLY_RIGHT, SECOND
 from dspo.params import Count, Section, TrainParams, load_params, read_yaml, validated
 from dspo.preference.dataset import load_pairs
 from dspo.stages.atomic import open_scratch
 from dspo.stages.runner import run
-from dspo.studies.common import fresh_prompts
+from dspo.studies.common import fresh_prompts, judges_of_shapes
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials
 
 JUDGED = (GOLD, PROXY, SECOND, FULLY_RIGHT)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         keyed_seed(params.seed, "loss cell"),
     )
     # Starting processes for the gold judge costs more than it saves.
-    judges = load_judges(params.active.evaluate, args.reward, args.second_judge, processes=1)
+    judges = judges_of_shapes(params, args.reward, args.second_judge, processes=1)
     pairs = {} if args.pairs is None else {"reward": load_pairs(args.pairs)}
     trials = Trials(params, judges, pairs, scratch.path)
     seed = keyed_seed(params.seed, "fresh training seed", args.seed)

@@ -17,13 +17,12 @@ from dspo.data.prompts import read_prompts, read_split
 from dspo.data.records import GOLD
 from dspo.diffusion.base import local_files
 from dspo.environment import processes
-from dspo.evaluation.judges import load_judges
 from dspo.params import TrainParams, load_params
 from dspo.preference.dataset import load_pairs
 from dspo.reporting.studies import write_study
 from dspo.stages.runner import run
 from dspo.studies.arms import ARMS, Outcome, best, tune
-from dspo.studies.common import fresh_prompts, study_folder
+from dspo.studies.common import fresh_prompts, judges_of_shapes, study_folder
 from dspo.studies.losses_table import fared, flat, matched_drift, table, told
 from dspo.studies.pair_sets import oracle_pairs, unselected_pairs
 from dspo.studies.trials import PromptSet, Recipe, Result, Trials
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
         "unselected": unselected_pairs(args.candidates, params, folder / "unselected"),
     }
     # Starting processes for the gold judge in every trial costs more than it saves.
-    judges = load_judges(params.active.evaluate, args.reward, args.second_judge, processes=1)
+    judges = judges_of_shapes(params, args.reward, args.second_judge, processes=1)
     trials = Trials(params, judges, pairs, folder)
 
     chosen: dict[str, TrainParams] = {}
