@@ -127,10 +127,10 @@ class Rescale(torch.autograd.Function):
     ) -> Tensor:
         g = m / n
         plain = base if bias is None else base - bias
-        out = torch.addcmul(torch.addcmul(base, plain, g - 1), low_rank, g * s).to(base.dtype)
+        out = torch.addcmul(base, plain, g - 1).addcmul_(low_rank, g * s).to(base.dtype)
         ctx.has_bias, ctx.s = bias is not None, s
         if keep:
-            ctx.save_for_backward(out if bias is None else torch.add(plain, low_rank, alpha=s), m, n)
+            ctx.save_for_backward(out if bias is None else plain.add_(low_rank, alpha=s), m, n)
         return out
 
     @staticmethod
