@@ -21,6 +21,7 @@ from disk import Killed
 from safetensors.torch import save_file
 from tiny import TEXT_WIDTH, TOKENS, save_tiny_pipeline, tiny_pipeline
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspo.data.images import read_table, write_table
@@ -198,6 +199,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, share: float) ->
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+PROJECTIONS = ("proj_in", "proj_out")  # the adapter's layers around transformer blocks, which diffusers leaves out
+AROUND = tuple(f"{name}.base_layer" for name in PROJECTIONS)
+
+
 def test_share_of_checkpointed_blocks_is_what_runs_twice() -> None:
     def recomputed(share: float | None) -> list[str]:
         p = params(gradient_checkpointing=share or 0.0, loss="sft")
@@ -207,14 +212,16 @@ def test_share_of_checkpointed_blocks_is_what_runs_twice() -> None:
         prepare(adapter.unet, p, 1)
         passes = []
         for name, block in adapter.unet.named_modules():
-            if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
+            if isinstance(block, BasicTransformerBlock | ResnetBlock2D) or name.endswith(AROUND):
                 block.register_forward_pre_hook(lambda _module, _args, name=name: passes.append(name))
         method = Method(adapter, schedule, p, False)
         losses, _ = method.losses(method.batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)]), method.needs)
         losses.sum().backward()
         return sorted(name for name in set(passes) if passes.count(name) == 2)
 
-    every = recomputed(None)  # but the first blocks, which have nothing to train before them
+    blocks = recomputed(None)  # but the first, which have nothing to train before them
+    modules = tiny_pipeline().unet.named_modules()
+    every = sorted(blocks + [f"{name}.base_layer" for name, _ in modules if name.endswith(PROJECTIONS)])
     assert recomputed(0.0) == []
     assert recomputed(1.0) == every
     assert len(every) / 4 < len(recomputed(0.5)) < len(every)
@@ -329,6 +336,20 @@ def test_compiled_in_16_bits_the_untrained_policy_is_the_reference() -> None:
     assert predictions.e_w.requires_grad
     assert torch.equal(predictions.e_w, predictions.r_w)
     assert torch.equal(predictions.e_l, predictions.r_l)
+
+
+def test_no_layer_norm_is_fused() -> None:
+    """Its sum would be taken in another order with the adapter than without: on a GPU the policy would not start as the
+    reference. With the adapter and without it, with gradient and without."""
+    torch._dynamo.reset()
+    p = params(loss="dpo")
+    adapter, schedule = make_adapter(p)
+    compile_blocks(adapter.unet, latent_sizes=1)
+    method = Method(adapter, schedule, p, False)
+    batch = method.batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
+    _, codes = run_and_get_code(lambda: torch.autograd.backward(method.losses(batch, method.needs)[0].sum()))
+    forward = [code for code in codes if "native_layer_norm.default" in code]
+    assert len(codes) == 3 and len(forward) == 2  # one more is backward
 
 
 def test_each_latent_size_has_a_graph_of_its_own_and_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

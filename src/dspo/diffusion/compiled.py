@@ -2,10 +2,15 @@
 
 import logging
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 
 from dspo.environment import c_compiler
 
@@ -14,9 +19,11 @@ from dspo.environment import c_compiler
 # reward check come on top: 22 graphs at the most.
 GRAPHS_PER_LATENT_SIZE = 32
 
-# A fused kernel keeps in float32 what uncompiled operations round to 16 bits between them. The graphs with and without
-# the adapter are fused in different places, so that an untrained policy would not be the reference.
-OPTIONS = {"emulate_precision_casts": True}
+# The graphs with and without the adapter are fused in different places, and an untrained policy has to be the reference
+# to the bit. So a fused kernel rounds to 16 bits where uncompiled operations do, and layer norms stay torch's own kernel,
+# since a fused one sums in an order that depends on what else is in it. Nor may a timing decide in what order a kernel
+# sums: the next run could decide otherwise.
+OPTIONS = {"emulate_precision_casts": True, "deterministic": True}
 
 GET_COMPILER = "apt-get install gcc libc6-dev python3-dev brings what is missing"
 
@@ -44,4 +51,11 @@ def compile_blocks(unet: UNet2DConditionModel, latent_sizes: int) -> None:
     limit = GRAPHS_PER_LATENT_SIZE * latent_sizes
     dynamo = torch._dynamo.config
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=limit, options=OPTIONS)
+    unet.compile_repeated_blocks(backend=inductor, fullgraph=True, dynamic=False, recompile_limit=limit)
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """torch's own backend with our options, and with layer norms left whole."""
+    decompositions = dict(select_decomp_table())
+    del decompositions[torch.ops.aten.native_layer_norm.default]
+    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=decompositions)

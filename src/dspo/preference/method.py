@@ -1,12 +1,14 @@
 """The loss of a batch: which forward passes it takes, and what they say."""
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dspo.diffusion.compiled import compile_blocks
@@ -115,11 +117,20 @@ def prepare(unet: UNet2DConditionModel, params: TrainParams, latent_sizes: int) 
 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, share: float) -> None:
-    """Let this share of the residual and transformer blocks, evenly spread, forget what it can compute again."""
+    """Let this share of the residual and transformer blocks, and of the adapter's layers before and after the latter,
+    forget what it can compute again; each kind evenly spread."""
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
-    chosen = {block for i, block in enumerate(blocks) if int((i + 1) * share) > int(i * share)}
+    transformers = [module for module in unet.modules() if isinstance(module, Transformer2DModel)]
+    outside = [layer for t in transformers for layer in (t.proj_in, t.proj_out) if isinstance(layer, LoraLinear)]
+    chosen = set(_spread(blocks, share))
 
-    def run(block: torch.nn.Module, *arguments: object) -> object:
+    def run(block: nn.Module, *arguments: object) -> object:
         return checkpoint(block, *arguments, use_reentrant=False) if block in chosen else block(*arguments)
 
     unet.enable_gradient_checkpointing(run)
+    for layer in _spread(outside, share):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def _spread(modules: Sequence[nn.Module], share: float) -> list[nn.Module]:
+    return [module for i, module in enumerate(modules) if int((i + 1) * share) > int(i * share)]
