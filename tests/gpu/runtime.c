@@ -27,7 +27,7 @@ SUCCEEDS(cudaThreadExchangeStreamCaptureMode)
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     memset(p, 0, sizeof *p);
-    strcpy(p->name, "no GPU (kernels do nothing)");
+    strcpy(p->name, "no GPU, seconds of the host");
     p->totalGlobalMem = 140UL << 30;
     p->major = 9;
     p->multiProcessorCount = 132;

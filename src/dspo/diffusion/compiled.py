@@ -20,9 +20,9 @@ from dspo.environment import c_compiler
 GRAPHS_PER_LATENT_SIZE = 32
 
 # The graphs with and without the adapter are fused in different places, and an untrained policy has to be the reference
-# to the bit. So a fused kernel rounds to 16 bits where uncompiled operations do, and layer norms stay torch's own kernel,
-# since a fused one sums in an order that depends on what else is in it. Nor may a timing decide in what order a kernel
-# sums: the next run could decide otherwise.
+# to the bit. So a fused kernel rounds to 16 bits where uncompiled operations do, and layer norms stay torch's own
+# kernel, since a fused one sums in an order that depends on what else is in it. Nor may a timing decide in what order a
+# kernel sums: the next run could decide otherwise.
 OPTIONS = {"emulate_precision_casts": True, "deterministic": True}
 
 GET_COMPILER = "apt-get install gcc libc6-dev python3-dev brings what is missing"
