@@ -338,18 +338,25 @@ def test_compiled_in_16_bits_the_untrained_policy_is_the_reference() -> None:
     assert torch.equal(predictions.e_l, predictions.r_l)
 
 
-def test_no_layer_norm_is_fused() -> None:
+def test_no_layer_norm_is_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sum would be taken in another order with the adapter than without: on a GPU the policy would not start as the
-    reference. With the adapter and without it, with gradient and without."""
-    torch._dynamo.reset()
+    reference. Neither when compiled nor when found on disk."""
+    monkeypatch.setenv("CI", "true")  # where torch takes an operation that it could take apart for an oversight
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     p = params(loss="dpo")
-    adapter, schedule = make_adapter(p)
-    compile_blocks(adapter.unet, latent_sizes=1)
-    method = Method(adapter, schedule, p, False)
-    batch = method.batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
-    _, codes = run_and_get_code(lambda: torch.autograd.backward(method.losses(batch, method.needs)[0].sum()))
-    forward = [code for code in codes if "native_layer_norm.default" in code]
-    assert len(codes) == 3 and len(forward) == 2  # one more is backward
+    counters = torch._dynamo.utils.counters["inductor"]
+    for hits in (0, 3):  # the reference, the policy, its gradient
+        torch._dynamo.reset()
+        counters.clear()
+        adapter, schedule = make_adapter(p)
+        compile_blocks(adapter.unet, latent_sizes=1)
+        method = Method(adapter, schedule, p, False)
+        batch = method.batch(make_pairs(2), [Draw(0, 1, 0), Draw(1, 900, 1)])
+        losses, codes = run_and_get_code(lambda: method.losses(batch, method.needs)[0])  # noqa: B023
+        losses.sum().backward()
+        assert len(codes) >= 2
+        assert all("native_layer_norm.default" in code for code in codes[:2])
+        assert counters["fxgraph_cache_hit"] == hits
 
 
 def test_each_latent_size_has_a_graph_of_its_own_and_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ Needs a C compiler; the headers are Triton's.
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,8 @@ def build(folder: str) -> Path:
     headers = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     library = Path(folder) / "libcuda.so.1"
     options = ("-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{library.name}", f"-I{headers}")
-    subprocess.run([os.environ.get("CC", "gcc"), *options, HERE / "runtime.c", "-o", library], check=True)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or "clang"
+    subprocess.run([compiler, *options, HERE / "runtime.c", "-o", library], check=True)
     return library
 
 

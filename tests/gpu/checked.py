@@ -9,8 +9,8 @@ import collections
 import ctypes
 import json
 import os
+import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2"}  # their result is read
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # a GPU's tensor takes the CPU's indices
 
 waits: collections.Counter[str] = collections.Counter()
@@ -71,11 +71,6 @@ class OnGPU(Tensor):
 class Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_composite(func):  # whole in inference mode
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
         on = any(isinstance(t, Tensor) and t.is_cuda for t in tree_leaves((args, kwargs)))
         return on_gpu(func, args, kwargs) if on or wants_gpu(kwargs) else func(*args, **kwargs)
 
@@ -182,5 +177,11 @@ def adopted(value: Any) -> Any:
 
 def wait() -> None:
     """Count a wait for the device, by the project's functions that led to it, the innermost last."""
-    frames = [f for f in traceback.extract_stack() if "/dspo/" in f.filename]
-    waits[" ".join(f"{Path(f.filename).stem}.{f.name}" for f in frames)] += 1
+    names: list[str] = []
+    frame = sys._getframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith("dspo."):
+            names.append(f"{module.rpartition('.')[2]}.{frame.f_code.co_name}")
+        frame = frame.f_back
+    waits[" ".join(reversed(names))] += 1

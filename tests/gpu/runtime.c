@@ -117,7 +117,6 @@ SUCCEEDS(cudaLaunchKernelExC)
 SUCCEEDS(__cudaLaunchKernel)
 SUCCEEDS(cudaFuncSetAttribute)
 int __cudaGetKernel(void **kernel, const void *function) { *kernel = (void *)function; return 0; }
-GIVES(cudaOccupancyMaxActiveBlocksPerMultiprocessor, int, 2)
 GIVES(cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int, 2)
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *function) {
     memset(a, 0, sizeof *a);
@@ -128,17 +127,14 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *func
 }
 
 /* The driver, which Triton's kernels are loaded by */
-GIVES(cuDeviceGetCount, int, 1)
 GIVES(cuDeviceGet, int, 0)
 GIVES(cuDriverGetVersion, int, 13000)
 GIVES(cuCtxGetCurrent, void *, (void *)8)
 GIVES(cuDevicePrimaryCtxRetain, void *, (void *)8)
 GIVES(cuModuleLoad, void *, (void *)8)
 GIVES(cuModuleLoadData, void *, (void *)8)
-GIVES(cuModuleLoadDataEx, void *, (void *)8)
 GIVES(cuModuleGetFunction, void *, (void *)8)
 GIVES(cuFuncGetAttribute, int, 0)
-GIVES(cuOccupancyMaxActiveBlocksPerMultiprocessor, int, 2)
 SUCCEEDS(cuInit)
 SUCCEEDS(cuCtxSetCurrent)
 SUCCEEDS(cuCtxSetLimit)
@@ -148,10 +144,6 @@ SUCCEEDS(cuFuncSetAttribute)
 SUCCEEDS(cuFuncSetCacheConfig)
 SUCCEEDS(cuLaunchKernel)
 SUCCEEDS(cuLaunchKernelEx)
-SUCCEEDS(cuLaunchCooperativeKernel)
-SUCCEEDS(cuOccupancyMaxActiveClusters)
-SUCCEEDS(cuTensorMapEncodeTiled)
-SUCCEEDS(cuTensorMapEncodeIm2col)
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { return cudaDeviceGetAttribute(value, attribute, device); }
 int cuGetErrorString(int error, const char **text) { *text = "an error without a GPU"; return 0; }

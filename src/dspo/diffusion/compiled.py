@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.decomposition import select_decomp_table
 
 from dspo.environment import c_compiler
 
@@ -24,6 +22,8 @@ GRAPHS_PER_LATENT_SIZE = 32
 # kernel, since a fused one sums in an order that depends on what else is in it. Nor may a timing decide in what order a
 # kernel sums: the next run could decide otherwise.
 OPTIONS = {"emulate_precision_casts": True, "deterministic": True}
+
+LAYER_NORM = torch.ops.aten.native_layer_norm.default
 
 GET_COMPILER = "apt-get install gcc libc6-dev python3-dev brings what is missing"
 
@@ -56,6 +56,23 @@ def compile_blocks(unet: UNet2DConditionModel, latent_sizes: int) -> None:
 
 def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
     """torch's own backend with our options, and with layer norms left whole."""
-    decompositions = dict(select_decomp_table())
-    del decompositions[torch.ops.aten.native_layer_norm.default]
-    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=decompositions)
+    from torch._inductor import compile_fx, lowering  # here, where something is compiled: it takes a second
+
+    lowering.FALLBACK_ALLOW_LIST.add(LAYER_NORM.name())
+    return compile_fx.compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=Decompositions())
+
+
+class Decompositions(dict[Any, Any]):
+    """What Inductor takes operations apart into, without layer norms.
+
+    Pickled by name: it is a part of the key by which a compiled graph is found on disk.
+    """
+
+    def __init__(self) -> None:
+        from torch._inductor.decomposition import select_decomp_table
+
+        super().__init__(select_decomp_table())
+        del self[LAYER_NORM]
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Decompositions, ()

@@ -118,7 +118,7 @@ def prepare(unet: UNet2DConditionModel, params: TrainParams, latent_sizes: int) 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, share: float) -> None:
     """Let this share of the residual and transformer blocks, and of the adapter's layers before and after the latter,
-    forget what it can compute again; each kind evenly spread."""
+    forget what it can compute again; evenly spread. Once for a UNet: its layers' ``forward`` are replaced."""
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
     transformers = [module for module in unet.modules() if isinstance(module, Transformer2DModel)]
     outside = [layer for t in transformers for layer in (t.proj_in, t.proj_out) if isinstance(layer, LoraLinear)]
