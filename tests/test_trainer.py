@@ -355,7 +355,7 @@ def test_no_layer_norm_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_stays_whole_is_pickled_by_name() -> None:
-    """As part of the key of a compiled graph on disk; what cannot be pickled would leave every graph to be made anew."""
+    """As part of the key of a compiled graph on disk: what cannot be pickled leaves every graph to be made anew."""
     table = Decompositions()
     assert len(table) > 500 and torch.ops.aten.native_layer_norm.default not in table
     assert pickle.loads(pickle.dumps(table)) == table
