@@ -200,8 +200,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, share: float) ->
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-PROJECTIONS = ("proj_in", "proj_out")  # the adapter's layers around transformer blocks, which diffusers leaves out
-AROUND = tuple(f"{name}.base_layer" for name in PROJECTIONS)
+AROUND = ("proj_in.base_layer", "proj_out.base_layer")  # of transformer blocks; diffusers leaves these layers out
 
 
 def test_share_of_checkpointed_blocks_is_what_runs_twice() -> None:
@@ -221,8 +220,8 @@ def test_share_of_checkpointed_blocks_is_what_runs_twice() -> None:
         return sorted(name for name in set(passes) if passes.count(name) == 2)
 
     blocks = recomputed(None)  # but the first, which have nothing to train before them
-    modules = tiny_pipeline().unet.named_modules()
-    every = sorted(blocks + [f"{name}.base_layer" for name, _ in modules if name.endswith(PROJECTIONS)])
+    modules = make_adapter(params())[0].unet.named_modules()
+    every = sorted(blocks + [name for name, _ in modules if name.endswith(AROUND)])
     assert recomputed(0.0) == []
     assert recomputed(1.0) == every
     assert len(every) / 4 < len(recomputed(0.5)) < len(every)

@@ -93,7 +93,7 @@ def install() -> None:
             start(thread)
 
     F.scaled_dot_product_attention = attention
-    threading.Thread.run = run  # type: ignore[method-assign]
+    threading.Thread.run = run
     if "WAITS" in os.environ:
         atexit.register(lambda: Path(os.environ["WAITS"]).write_text(json.dumps(waits), encoding="utf-8"))
     Mode().__enter__()
@@ -113,9 +113,8 @@ def on_gpu(func: Any, args: Any, kwargs: Any) -> Any:
     to_gpu = wants_gpu(kwargs) or ("device" not in kwargs and any(isinstance(t, OnGPU) for t in tensors))
     check_generator(func, args, kwargs, to_gpu)
     if name == "copy_":
-        if isinstance(args[0], OnGPU) != isinstance(args[1], OnGPU) and not any(
-            [*args[2:], kwargs.get("non_blocking")]
-        ):
+        across = isinstance(args[0], OnGPU) != isinstance(args[1], OnGPU)
+        if across and not any([*args[2:], kwargs.get("non_blocking")]):
             wait()
         inner(args[0]).copy_(inner(args[1]))
         return args[0]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("aten", "IMPL")
+empty = torch.empty_like
 
 
 def install() -> None:
@@ -24,9 +25,6 @@ def install() -> None:
         ("_scaled_dot_product_cudnn_attention_backward", lambda g, q, k, v, *_, **__: tuple(map(empty, (q, k, v)))),
     ):
         _library.impl(name, kernel, "CUDA")
-
-
-empty = torch.empty_like
 
 
 def convolution(
